@@ -1,0 +1,23 @@
+"""The one exception tree. A message says what failed, with the numbers, and what to type next."""
+
+
+class MoneEdgeError(Exception):
+    """Something the user can act on: shown as one line, without a traceback."""
+
+    exit_code = 1
+
+
+class UsageError(MoneEdgeError):
+    """The command line or a recipe asks for something that does not exist or cannot be."""
+
+    exit_code = 2
+
+
+class CheckFailed(MoneEdgeError):
+    """The artefact was made, but a check that was asked for failed."""
+
+    exit_code = 3
+
+
+class RuntimeMissing(MoneEdgeError):
+    """The patched llama.cpp is not built, or another llama-cpp-python stands in its place."""

@@ -1,0 +1,229 @@
+"""ExpertStats: what calibration learned about every expert, in one mergeable safetensors file.
+
+In: accumulated sums (from `mone_edge.collect`). Out: a file, and the same numbers for criteria,
+novices and importance-weighted quantising. Knows nothing about models, criteria or plans.
+
+All sums run over calibration tokens `t` that the router sent to expert `i` (`i in S_t`), with
+`g` the gate weight that multiplies the expert's output and `f` the raw expert output. Means and
+second moments merge exactly by Chan's formula, everything else by addition.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mone_edge.errors import MoneEdgeError
+from mone_edge.paths import atomic_write
+
+FORMAT = "mone-edge-stats"
+VERSION = 1
+
+Float = NDArray[np.float64]
+Int = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """Statistics of one MoE layer with E experts, output width D, input width H, inner width I."""
+
+    tokens: int  # tokens that reached the layer
+    top_k: int
+    count: Int  # [E] tokens routed to the expert
+    gate_sum: Float  # [E] sum g
+    gate_sq_sum: Float  # [E] sum g^2
+    output_mean: Float  # [E, D] mean f
+    output_m2: Float  # [E, D] sum (f - mean f)^2
+    gate_sq_mean: Float  # [E, D] sum g^2 f / sum g^2
+    norm_sum: Float  # [E] sum ||f||
+    norm_sq_sum: Float  # [E] sum ||f||^2
+    gate_norm_sum: Float  # [E] sum g ||f||
+    gate_sq_norm_sq_sum: Float  # [E] sum g^2 ||f||^2
+    input_sq_sum: Float  # [E, H] sum x^2, x the expert's input
+    inner_sq_sum: Float  # [E, I] sum a^2, a the input of the down projection
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.count)
+
+    def merge(self, other: "LayerStats") -> "LayerStats":
+        """The statistics of both sets of tokens together (Chan et al. 1979 for mean and M2)."""
+        if self.output_mean.shape != other.output_mean.shape or self.top_k != other.top_k:
+            raise MoneEdgeError(
+                f"statistics differ in shape: {self.output_mean.shape} top-{self.top_k} "
+                f"and {other.output_mean.shape} top-{other.top_k}"
+            )
+        count = self.count + other.count
+        share = _share(other.count, count)  # [E, 1]
+        delta = other.output_mean - self.output_mean
+        gate_sq_sum = self.gate_sq_sum + other.gate_sq_sum
+        merged = {
+            name: getattr(self, name) + getattr(other, name)
+            for name in ADDITIVE
+        }
+        return LayerStats(
+            top_k=self.top_k,
+            output_mean=self.output_mean + delta * share,
+            output_m2=self.output_m2 + other.output_m2 + delta**2 * share * self.count[:, None],
+            gate_sq_mean=self.gate_sq_mean
+            + (other.gate_sq_mean - self.gate_sq_mean) * _share(other.gate_sq_sum, gate_sq_sum),
+            **merged,
+        )
+
+
+MEANS = ("output_mean", "output_m2", "gate_sq_mean")
+ADDITIVE = tuple(
+    f.name for f in dataclasses.fields(LayerStats) if f.name not in (*MEANS, "top_k")
+)
+ARRAYS = tuple(f.name for f in dataclasses.fields(LayerStats) if f.name not in ("tokens", "top_k"))
+
+
+def _share(part: NDArray[np.generic], whole: NDArray[np.generic]) -> Float:
+    """`part / whole` as a column, 0 where nothing was seen."""
+    ratio = np.divide(part, whole, out=np.zeros(len(whole)), where=whole > 0)
+    return np.asarray(ratio, dtype=np.float64)[:, None]
+
+
+@dataclass(frozen=True)
+class LinearStats:
+    """Input second moments of an ordinary linear layer (the importance matrix of its weight)."""
+
+    count: int  # tokens
+    input_sq_sum: Float  # [in_features] sum x^2
+
+    def merge(self, other: "LinearStats") -> "LinearStats":
+        return LinearStats(self.count + other.count, self.input_sq_sum + other.input_sq_sum)
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where statistics come from: the model, and the text it read."""
+
+    model: str  # as the user named it
+    fingerprint: str  # of the weights: `Source.fingerprint`
+    architecture: str  # transformers' model_type
+    data: tuple[str, ...] = ()  # calibration specs
+    data_sha256: tuple[str, ...] = ()  # of the token ids, one per merged part
+    samples: int = 0
+    seq_len: int = 0
+    seed: int = 0
+    tool: str = ""  # versions that measured
+
+
+@dataclass(frozen=True)
+class ExpertStats:
+    """All layers of a model. Keys of `layers` are block indices, of `linears` module names."""
+
+    provenance: Provenance
+    layers: Mapping[int, LayerStats]
+    linears: Mapping[str, LinearStats] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        return max((layer.tokens for layer in self.layers.values()), default=0)
+
+    def unseen(self) -> int:
+        """Number of experts that no calibration token reached."""
+        return sum(int((layer.count == 0).sum()) for layer in self.layers.values())
+
+    def merge(self, other: "ExpertStats") -> "ExpertStats":
+        """Exact sum of two runs over different tokens of the same model.
+
+        Raises:
+            MoneEdgeError: the two come from different models.
+        """
+        mine, theirs = self.provenance, other.provenance
+        if mine.fingerprint != theirs.fingerprint or self.layers.keys() != other.layers.keys():
+            raise MoneEdgeError(
+                f"statistics of different models cannot be merged: {mine.model} "
+                f"({mine.fingerprint[:12]}) and {theirs.model} ({theirs.fingerprint[:12]})"
+            )
+        provenance = dataclasses.replace(
+            mine,
+            data=tuple(dict.fromkeys(mine.data + theirs.data)),
+            data_sha256=mine.data_sha256 + theirs.data_sha256,
+            samples=mine.samples + theirs.samples,
+        )
+        layers = {i: layer.merge(other.layers[i]) for i, layer in self.layers.items()}
+        shared = self.linears.keys() & other.linears.keys()
+        linears = {name: self.linears[name].merge(other.linears[name]) for name in sorted(shared)}
+        return ExpertStats(provenance, layers, linears)
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file, atomically."""
+        from safetensors.numpy import save_file
+
+        tensors: dict[str, NDArray[np.generic]] = {}
+        for index, layer in self.layers.items():
+            tensors |= {f"layer.{index}.{name}": getattr(layer, name) for name in ARRAYS}
+            tensors[f"layer.{index}.scalars"] = np.array([layer.tokens, layer.top_k])
+        for module, linear in self.linears.items():
+            tensors[f"linear.{module}"] = np.append(linear.input_sq_sum, linear.count)
+        header = {
+            "format": FORMAT,
+            "version": str(VERSION),
+            "provenance": json.dumps(dataclasses.asdict(self.provenance)),
+        }
+        with atomic_write(path) as temporary:
+            save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, temporary, header)
+
+    @classmethod
+    def load(cls, path: Path) -> "ExpertStats":
+        """Read a statistics file.
+
+        Raises:
+            MoneEdgeError: the file is missing, damaged, or not a statistics file.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        if not path.is_file():
+            raise MoneEdgeError(f"no statistics file {path}; make it with: mone-edge stats MODEL -o {path}")
+        try:
+            with safe_open(path, framework="numpy") as file:
+                header = file.metadata() or {}
+                if header.get("format") != FORMAT:
+                    raise MoneEdgeError(f"{path} is not a mone-edge statistics file")
+                if header.get("version") != str(VERSION):
+                    raise MoneEdgeError(
+                        f"{path} has statistics version {header.get('version')}, "
+                        f"this mone-edge reads {VERSION}"
+                    )
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return _assemble(json.loads(header["provenance"]), tensors)
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+            raise MoneEdgeError(f"{path} is damaged: {error}") from error
+
+
+def _assemble(provenance: dict[str, object], tensors: dict[str, NDArray[np.float64]]) -> ExpertStats:
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in provenance.items()}
+    layers: dict[int, LayerStats] = {}
+    for name, scalars in tensors.items():
+        if name.startswith("layer.") and name.endswith(".scalars"):
+            index = int(name.split(".")[1])
+            arrays = {field: tensors[f"layer.{index}.{field}"] for field in ARRAYS}
+            layers[index] = LayerStats(int(scalars[0]), int(scalars[1]), **arrays)  # type: ignore[arg-type]
+    linears = {
+        name.removeprefix("linear."): LinearStats(int(values[-1]), values[:-1])
+        for name, values in tensors.items()
+        if name.startswith("linear.")
+    }
+    return ExpertStats(Provenance(**fields), dict(sorted(layers.items())), linears)  # type: ignore[arg-type]
+
+
+def merge_all(parts: Iterable[ExpertStats]) -> ExpertStats:
+    """Merge any number of statistics, left to right."""
+    first, *rest = parts
+    for part in rest:
+        first = first.merge(part)
+    return first
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, as recorded in plans and GGUFs."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
