@@ -1,0 +1,102 @@
+"""The command group: finds a command's module when it is called, and maps errors to exit codes.
+
+Nothing heavy is imported here, so that `--help` is immediate.
+"""
+
+import importlib
+import os
+import shlex
+import sys
+from typing import NoReturn
+
+import click
+
+from mone_edge import __version__
+from mone_edge.errors import MoneEdgeError
+
+INTERRUPTED = 130
+
+COMMANDS = {
+    "convert": "Make a smaller, quantised GGUF: calibrate, plan, prune, quantise, write.",
+    "stats": "Measure every expert of a model on calibration text.",
+    "merge-stats": "Add up statistics files of one model.",
+    "plan": "Decide which experts go, from statistics.",
+    "run": "Generate text with a GGUF.",
+    "serve": "Serve a GGUF with llama.cpp's OpenAI-compatible server.",
+    "bench": "Speed, memory and size of GGUFs.",
+    "eval": "Perplexity, KL divergence and task accuracy of models.",
+    "inspect": "Show what is in a model, statistics file or plan.",
+    "runtime": "Build the patched llama.cpp, or tell what is built.",
+    "doctor": "Tell what is missing on this machine, and how to mend it.",
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands live in `mone_edge.commands.<name>` and load on use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"mone_edge.commands.{cmd_name.replace('-', '_')}")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="mone-edge")
+def cli() -> None:
+    """Put Mixture-of-Experts language models on laptops and phones.
+
+    \b
+    Try it:   mone-edge convert demo --prune-ratio 0.25
+    Then:     mone-edge run demo-MoNE0.25-Q4_K_M.gguf -p "Once upon a time"
+    """
+
+
+def main() -> NoReturn:
+    """Run the command line; every error the user can act on is one line on stderr."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """The exit code of one command line: 0 done, 1 failed, 2 usage, 3 check failed, 130 stopped."""
+    try:
+        code = cli.main(args=arguments, prog_name="mone-edge", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except click.UsageError as error:
+        where = f"; see: {error.ctx.command_path} --help" if error.ctx else ""
+        _complain(f"{error.format_message()}{where}")
+        return 2
+    except click.ClickException as error:
+        _complain(error.format_message())
+        return 1
+    except (KeyboardInterrupt, click.Abort):
+        _complain(f"interrupted; again with: mone-edge {shlex.join(arguments)}")
+        return INTERRUPTED
+    except MoneEdgeError as error:
+        _complain(str(error))
+        return error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if os.environ.get("MONE_EDGE_DEBUG"):
+            raise
+        _complain(f"unexpected {type(error).__name__}: {_first_line(error)} "
+                  "(MONE_EDGE_DEBUG=1 shows where)")
+        return 1
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or "no message").splitlines()[0]
+
+
+def _complain(message: str) -> None:
+    print(f"mone-edge: {' '.join(message.split())}", file=sys.stderr)
