@@ -1,0 +1,257 @@
+"""What models are worth on a text and on tasks, and how far they are from a base model.
+
+In: models (a GGUF, a Hugging Face folder or hub id, `demo`), a text file, task files. Out: one
+`EvalResult` a model. How a text and a task are scored is in `scoring` and `tasks`; this module
+opens the models and puts the numbers together.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mone_edge.errors import MoneEdgeError, UsageError
+from mone_edge.scoring import (
+    Divergence,
+    LanguageModel,
+    Logits,
+    Progress,
+    TextScore,
+    score_text,
+    silent,
+)
+from mone_edge.tasks import TaskItem, TaskScore, averages, read_items, score_items
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Everything measured on one model; parts that were not asked for are None or empty."""
+
+    model: str
+    file_bytes: int
+    seconds: float
+    text: TextScore | None = None
+    divergence: Divergence | None = None
+    tasks: dict[str, TaskScore] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The document scripts read: `ppl`, `kld_mean`, `tasks.{name}.acc`, ... where measured."""
+        document: dict[str, Any] = {"model": self.model, "file_bytes": self.file_bytes, "tokens": 0}
+        for part in (self.text, self.divergence):
+            document |= vars(part) if part else {}
+        if self.tasks:
+            scores: dict[str, Any] = {name: vars(score) for name, score in self.tasks.items()}
+            document["tasks"] = scores | averages(self.tasks.values())
+        return document | {"seconds": round(self.seconds, 3)}
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What every model is asked; read from files once."""
+
+    text: str | None = None
+    items: tuple[TaskItem, ...] = ()
+    kld_base: str | None = None
+    n_ctx: int = 512
+    max_chunks: int | None = None
+
+
+def evaluate(
+    models: Sequence[str | Path],
+    *,
+    text: Path | None = None,
+    kld_base: str | Path | None = None,
+    tasks: Sequence[Path] = (),
+    limit: int | None = None,
+    n_ctx: int = 512,
+    max_chunks: int | None = None,
+    threads: int | None = None,
+    offline: bool = False,
+    progress: Progress = silent,
+) -> list[EvalResult]:
+    """Measure models, one after the other, on the same text and the same task items.
+
+    Args:
+        models: GGUF files, checkpoint folders, hub ids, or `demo`.
+        text: UTF-8 text for perplexity (and KL divergence).
+        kld_base: the model whose distributions count as right; it runs in lock-step with each
+            model, so both must fit into memory, and no file of logits is written.
+        tasks: files of task items.
+        limit: at most this many items of each task, the first ones.
+        n_ctx: tokens per chunk of text.
+        max_chunks: stop after this many chunks.
+
+    Raises:
+        UsageError: nothing to measure, or a base without a text.
+        MoneEdgeError: a file cannot be used; tokenizers of model and base differ.
+    """
+    if text is None and not tasks:
+        raise UsageError("nothing to measure: give --ppl FILE, --tasks FILE.jsonl, or both")
+    if kld_base is not None and text is None:
+        raise UsageError("--kld-base compares models on a text: add --ppl FILE")
+    questions = Questions(
+        read_text(text) if text else None,
+        tuple(item for path in tasks for item in read_items(path, limit)),
+        str(kld_base) if kld_base is not None else None,
+        n_ctx,
+        max_chunks,
+    )
+    paths = [locate(str(model), offline=offline) for model in models]
+    base = locate(questions.kld_base, offline=offline) if questions.kld_base else None
+    return [
+        _evaluate_one(str(model), path, base, questions, threads, progress)
+        for model, path in zip(models, paths, strict=True)
+    ]
+
+
+def _evaluate_one(
+    name: str,
+    path: Path,
+    base_path: Path | None,
+    questions: Questions,
+    threads: int | None,
+    progress: Progress,
+) -> EvalResult:
+    start = time.monotonic()
+    score = divergence = None
+    with opened(path, threads) as model:
+        if questions.text is not None:
+            with opened(base_path, threads) as base:
+                score, divergence = score_text(
+                    model,
+                    questions.text,
+                    n_ctx=questions.n_ctx,
+                    max_chunks=questions.max_chunks,
+                    base=base,
+                    base_name=questions.kld_base or "",
+                    progress=progress,
+                )
+        scores = score_items(model, questions.items, progress)
+    seconds = time.monotonic() - start
+    return EvalResult(name, file_bytes(path), seconds, score, divergence, scores)
+
+
+def locate(model: str, *, offline: bool = False) -> Path:
+    """The file or folder of a model to evaluate; dense models are welcome too."""
+    path = Path(model).expanduser()
+    if path.exists():
+        return path
+    from mone_edge import source
+
+    return source.resolve(model, offline=offline).path
+
+
+def read_text(path: Path) -> str:
+    """A text file as it is, newlines untouched.
+
+    Raises:
+        MoneEdgeError: it is missing or not UTF-8.
+    """
+    try:
+        return path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise MoneEdgeError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise MoneEdgeError(
+            f"{path} is not UTF-8 text: byte {error.start}: {error.reason}"
+        ) from error
+
+
+def file_bytes(path: Path) -> int:
+    """Bytes of a GGUF (all parts of a split one), or of a checkpoint folder's weights."""
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    stem, found, rest = path.name.rpartition("-00001-of-")
+    parts = path.parent.glob(f"{stem}-*-of-{rest}") if found else [path]
+    return sum(part.stat().st_size for part in parts)
+
+
+@contextmanager
+def opened(path: Path | None, threads: int | None) -> Iterator[Any]:
+    """A `LanguageModel` for the time of a block (None for None)."""
+    model = open_model(path, threads) if path else None
+    try:
+        yield model
+    finally:
+        if model:
+            model.close()
+
+
+def open_model(path: Path, threads: int | None = None) -> LanguageModel:
+    """Open a checkpoint folder in torch, anything else as a GGUF."""
+    if path.is_dir():
+        return TorchModel.open(path, threads)
+    from mone_edge.llama import GgufModel
+
+    return GgufModel(path, threads=threads)
+
+
+class TorchModel:
+    """A transformers causal language model as a `LanguageModel`; logits computed in float32.
+
+    Args:
+        model: in evaluation mode; where its weights are decides where it runs.
+        tokenizer: its transformers tokenizer.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+
+    @classmethod
+    def open(cls, folder: Path, threads: int | None = None) -> "TorchModel":
+        """Load a checkpoint folder.
+
+        Raises:
+            MoneEdgeError: transformers cannot read it.
+        """
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        if threads:
+            torch.set_num_threads(threads)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, local_files_only=True
+            )
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise MoneEdgeError(f"transformers cannot load {folder}: {reason[0]}") from error
+        return cls(model.eval(), tokenizer)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self._model.get_output_embeddings().weight.shape[0])
+
+    @property
+    def bos_id(self) -> int | None:
+        bos: int | None = self._tokenizer.bos_token_id
+        return bos if bos is not None and self.token_ids("a")[:1] == [bos] else None
+
+    @property
+    def context_length(self) -> int:
+        config = self._model.config.get_text_config()
+        return int(getattr(config, "max_position_embeddings", None) or 2**31)
+
+    def token_ids(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, verbose=False)["input_ids"])
+
+    def logits(self, tokens: Sequence[int], first: int = 0) -> Logits:
+        import torch
+
+        with torch.inference_mode():
+            ids = torch.tensor([list(tokens)], device=self._model.device)
+            output = self._model(ids, use_cache=False, logits_to_keep=len(tokens) - first)
+        result: Logits = output.logits[0].float().cpu().numpy()
+        return result
+
+    def branch_logits(
+        self, prefix: Sequence[int], branches: Sequence[Sequence[int]]
+    ) -> list[Logits]:
+        return [self.logits([*prefix, *branch[:-1]], len(prefix) - 1) for branch in branches]
+
+    def close(self) -> None:
+        self._model = None
