@@ -1,20 +1,31 @@
 """PrunePlan: which experts go, and what replaces them. Pure: statistics + choices -> plan.
 
-In: scores [experts] per layer, a ratio, a scope. Out: a frozen plan that is a small JSON file.
+In: ExpertStats, a ratio, a criterion, a scope. Out: a frozen plan that is a small JSON file.
 Knows nothing about models, tensors or files other than its own.
+
+Counts: scope `layer` removes `floor(E * ratio + 1/2)` experts of every layer that is not
+protected, scope `model` removes `floor(sum E * ratio + 1/2)` over those layers in one ranking.
+Among equal scores the expert with the higher id (then the later layer) goes first.
 """
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mone_edge.errors import MoneEdgeError
+import numpy as np
+
+from mone_edge.criteria import CRITERIA
+from mone_edge.errors import MoneEdgeError, UsageError
 from mone_edge.paths import atomic_write
+from mone_edge.stats import ExpertStats, Float
 
 FORMAT = "mone-edge-plan"
 VERSION = 1
+SCOPES = ("layer", "model")
+REPLACEMENTS = ("mean", "zero", "drop")
 
 
 @dataclass(frozen=True)
@@ -64,7 +75,9 @@ class PrunePlan:
             MoneEdgeError: the file is missing, damaged, or not a plan.
         """
         if not path.is_file():
-            raise MoneEdgeError(f"no plan file {path}; make it with: mone-edge plan STATS -o {path}")
+            raise MoneEdgeError(
+                f"no plan file {path}; make it with: mone-edge plan STATS -o {path}"
+            )
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
             if document.pop("format") != FORMAT or document.pop("version") != VERSION:
@@ -81,9 +94,210 @@ class PrunePlan:
     def _check(self, path: Path) -> None:
         if self.kept.keys() != self.num_experts.keys():
             raise MoneEdgeError(f"{path}: kept and num_experts name different layers")
+        if self.scope not in SCOPES or self.replacement not in REPLACEMENTS:
+            raise MoneEdgeError(
+                f"{path}: scope {self.scope}, replacement {self.replacement}: this mone-edge knows "
+                f"{', '.join(SCOPES)} and {', '.join(REPLACEMENTS)}"
+            )
         for layer, ids in self.kept.items():
-            if list(ids) != sorted(set(ids)) or not ids or not 0 <= ids[0] <= ids[-1] < self.num_experts[layer]:
+            experts = self.num_experts[layer]
+            ascending = list(ids) == sorted(set(ids))
+            if not ids or not ascending or ids[0] < 0 or ids[-1] >= experts:
                 raise MoneEdgeError(
-                    f"{path}: layer {layer} keeps {len(ids)} experts of {self.num_experts[layer]}; "
+                    f"{path}: layer {layer} keeps {len(ids)} experts of {experts}; "
                     "ids must be distinct, ascending and in range"
                 )
+
+
+def make_plan(
+    stats: ExpertStats,
+    *,
+    prune_ratio: float = 0.25,
+    method: str = "mone",
+    scope: str = "layer",
+    replacement: str = "mean",
+    seed: int = 42,
+    protect: Iterable[int] = (),
+    stats_path: str = "",
+    stats_sha256: str = "",
+) -> PrunePlan:
+    """Decide which experts go.
+
+    Args:
+        stats: of the whole model.
+        prune_ratio: fraction of the experts removed, 0 <= ratio < 1.
+        method: a key of `CRITERIA`.
+        scope: "layer" (the same fraction in every layer) or "model" (one ranking over all).
+        replacement: "mean", "zero" or "drop".
+        seed: of the method "random".
+        protect: block indices to leave whole (see `parse_layers`).
+        stats_path: where the statistics are, recorded in the plan.
+        stats_sha256: of that file, recorded in the plan.
+
+    Raises:
+        UsageError: an unknown name, or a ratio that leaves a layer too few experts to run.
+    """
+    guarded = tuple(sorted(set(protect)))
+    _check_choices(stats, prune_ratio, method, scope, replacement, guarded)
+    num_experts = {index: layer.num_experts for index, layer in sorted(stats.layers.items())}
+    top_k = max(layer.top_k for layer in stats.layers.values())
+    scores = {
+        index: CRITERIA[method](stats.layers[index], np.random.default_rng([seed, index]))
+        for index in num_experts
+        if index not in guarded
+    }
+    floor = top_k if replacement == "drop" else 1
+    choose = _prune_per_layer if scope == "layer" else _prune_over_model
+    pruned = choose(scores, prune_ratio, floor, replacement)
+    kept = {
+        index: tuple(i for i in range(experts) if i not in pruned.get(index, ()))
+        for index, experts in num_experts.items()
+    }
+    return PrunePlan(
+        model=stats.provenance.model,
+        fingerprint=stats.provenance.fingerprint,
+        method=method,
+        scope=scope,
+        replacement=replacement,
+        prune_ratio=prune_ratio,
+        top_k=top_k,
+        num_experts=num_experts,
+        kept=kept,
+        seed=seed,
+        protect=guarded,
+        stats_path=stats_path,
+        stats_sha256=stats_sha256,
+    )
+
+
+def parse_layers(text: str, layers: Sequence[int]) -> tuple[int, ...]:
+    """Block indices from "0,2-4,-1": numbers, ranges (both ends included), -1 the last MoE layer.
+
+    Args:
+        text: what `--protect` got.
+        layers: block indices of the model's MoE layers, ascending.
+
+    Raises:
+        UsageError: not a list of that form, or a layer that the model does not have.
+    """
+    chosen: set[int] = set()
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        first, dash, last = part[1:].partition("-")  # a leading minus counts from the end
+        try:
+            start = _layer_index(part[0] + first, layers)
+            stop = _layer_index(last, layers) if dash else start
+        except ValueError:
+            raise UsageError(f"--protect {part}: write layers like 0,2-4,-1") from None
+        wanted = [layer for layer in layers if start <= layer <= stop]
+        if start not in layers or stop not in layers or not wanted:
+            raise UsageError(
+                f"--protect {part}: the MoE layers of this model are {layers[0]} to {layers[-1]}"
+            )
+        chosen.update(wanted)
+    return tuple(sorted(chosen))
+
+
+def _layer_index(text: str, layers: Sequence[int]) -> int:
+    number = int(text)
+    if number >= 0:
+        return number
+    return layers[number] if -number <= len(layers) else number
+
+
+def _check_choices(
+    stats: ExpertStats,
+    prune_ratio: float,
+    method: str,
+    scope: str,
+    replacement: str,
+    protect: tuple[int, ...],
+) -> None:
+    for option, value, known in (
+        ("method", method, tuple(CRITERIA)),
+        ("scope", scope, SCOPES),
+        ("replacement", replacement, REPLACEMENTS),
+    ):
+        if value not in known:
+            raise UsageError(f"--{option} {value}: choose one of {', '.join(known)}")
+    if not 0 <= prune_ratio < 1:
+        raise UsageError(
+            f"--prune-ratio {prune_ratio}: the fraction of experts removed, 0 <= ratio < 1"
+        )
+    if not stats.layers:
+        raise UsageError(f"the statistics of {stats.provenance.model} have no MoE layer")
+    foreign = sorted(set(protect) - stats.layers.keys())
+    if foreign:
+        raise UsageError(
+            f"--protect {foreign[0]}: the MoE layers of this model are "
+            f"{min(stats.layers)} to {max(stats.layers)}"
+        )
+    if replacement == "drop" and (scope == "model" or protect) and prune_ratio > 0:
+        cause = "--scope model" if scope == "model" else "--protect"
+        raise UsageError(
+            f"--replacement drop with {cause} leaves different numbers of experts per layer, and a "
+            "GGUF without novices holds one number for all; use --replacement mean, or leave "
+            f"{cause} out"
+        )
+
+
+def _rounded(value: float) -> int:
+    """Nearest whole number, halves up; 1e-9 absorbs the binary error of ratios like 0.1."""
+    return math.floor(value + 0.5 + 1e-9)
+
+
+def _prune_per_layer(
+    scores: Mapping[int, Float], ratio: float, floor: int, replacement: str
+) -> dict[int, set[int]]:
+    pruned: dict[int, set[int]] = {}
+    for index, layer_scores in scores.items():
+        experts = len(layer_scores)
+        count = _rounded(experts * ratio)
+        if count and experts - count < floor:
+            raise UsageError(_too_few(experts, experts - count, floor, ratio, replacement))
+        pruned[index] = {expert for _, expert in _ranking(layer_scores)[:count]}
+    return pruned
+
+
+def _prune_over_model(
+    scores: Mapping[int, Float], ratio: float, floor: int, replacement: str
+) -> dict[int, set[int]]:
+    """One ranking over all layers; a layer at its floor passes, the next lowest score goes."""
+    total = sum(map(len, scores.values()))
+    count = _rounded(total * ratio)
+    if count > total - floor * len(scores):
+        raise UsageError(_too_few(total, total - count, floor * len(scores), ratio, replacement))
+    ranking = sorted(
+        (score, -index, -expert)
+        for index, layer_scores in scores.items()
+        for expert, score in enumerate(layer_scores.tolist())
+    )
+    pruned: dict[int, set[int]] = {index: set() for index in scores}
+    for _, minus_index, minus_expert in ranking:
+        if count == 0:
+            break
+        layer = pruned[-minus_index]
+        if len(scores[-minus_index]) - len(layer) > floor:
+            layer.add(-minus_expert)
+            count -= 1
+    return pruned
+
+
+def _ranking(scores: Float) -> list[tuple[float, int]]:
+    """(score, expert) from the first to go to the last; equal scores: higher ids go first."""
+    return sorted(
+        zip(scores.tolist(), range(len(scores)), strict=True), key=lambda s: (s[0], -s[1])
+    )
+
+
+def _too_few(experts: int, left: int, floor: int, ratio: float, replacement: str) -> str:
+    largest = math.floor((experts - floor) / experts * 10_000) / 10_000
+    reason = (
+        f"the router selects top_k experts among the kept ones, so {floor} must stay"
+        if replacement == "drop"
+        else f"{floor} must stay (one per layer)"
+    )
+    remedy = ", or use --replacement mean" if replacement == "drop" else ""
+    return (
+        f"--prune-ratio {ratio:g} leaves {left} of {experts} experts; {reason}: "
+        f"reduce --prune-ratio to at most {largest:g}{remedy}"
+    )

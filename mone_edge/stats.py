@@ -62,10 +62,7 @@ class LayerStats:
         share = _share(other.count, count)  # [E, 1]
         delta = other.output_mean - self.output_mean
         gate_sq_sum = self.gate_sq_sum + other.gate_sq_sum
-        merged = {
-            name: getattr(self, name) + getattr(other, name)
-            for name in ADDITIVE
-        }
+        merged = {name: getattr(self, name) + getattr(other, name) for name in ADDITIVE}
         return LayerStats(
             top_k=self.top_k,
             output_mean=self.output_mean + delta * share,
@@ -77,13 +74,11 @@ class LayerStats:
 
 
 MEANS = ("output_mean", "output_m2", "gate_sq_mean")
-ADDITIVE = tuple(
-    f.name for f in dataclasses.fields(LayerStats) if f.name not in (*MEANS, "top_k")
-)
+ADDITIVE = tuple(f.name for f in dataclasses.fields(LayerStats) if f.name not in (*MEANS, "top_k"))
 ARRAYS = tuple(f.name for f in dataclasses.fields(LayerStats) if f.name not in ("tokens", "top_k"))
 
 
-def _share(part: NDArray[np.generic], whole: NDArray[np.generic]) -> Float:
+def _share(part: Float | Int, whole: Float | Int) -> Float:
     """`part / whole` as a column, 0 where nothing was seen."""
     ratio = np.divide(part, whole, out=np.zeros(len(whole)), where=whole > 0)
     return np.asarray(ratio, dtype=np.float64)[:, None]
@@ -182,7 +177,9 @@ class ExpertStats:
         from safetensors import SafetensorError, safe_open
 
         if not path.is_file():
-            raise MoneEdgeError(f"no statistics file {path}; make it with: mone-edge stats MODEL -o {path}")
+            raise MoneEdgeError(
+                f"no statistics file {path}; make it with: mone-edge stats MODEL -o {path}"
+            )
         try:
             with safe_open(path, framework="numpy") as file:
                 header = file.metadata() or {}
@@ -199,7 +196,9 @@ class ExpertStats:
             raise MoneEdgeError(f"{path} is damaged: {error}") from error
 
 
-def _assemble(provenance: dict[str, object], tensors: dict[str, NDArray[np.float64]]) -> ExpertStats:
+def _assemble(
+    provenance: dict[str, object], tensors: dict[str, NDArray[np.float64]]
+) -> ExpertStats:
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in provenance.items()}
     layers: dict[int, LayerStats] = {}
     for name, scalars in tensors.items():

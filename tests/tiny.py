@@ -89,7 +89,9 @@ def _config_fields(
         "hidden_size": hidden,
         "num_hidden_layers": layers,
         "num_attention_heads": 4,
-        "num_key_value_heads": 4 if model_type == "olmoe" else 2,  # llama.cpp: k_norm is n_embd wide
+        "num_key_value_heads": 4
+        if model_type == "olmoe"
+        else 2,  # llama.cpp: k_norm is n_embd wide
         "num_experts_per_tok": top_k,
         "max_position_embeddings": 512,
         "bos_token_id": 0,

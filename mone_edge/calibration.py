@@ -1,0 +1,257 @@
+"""Calibration text -> packed token sequences.
+
+In: data specs (text files, jsonl, hub datasets) and a tokenizer. Out: `Batches`, whole sequences
+without padding, the same for the same seed. Knows nothing about models or statistics.
+
+Sampling: each source is tokenized document by document, an end-of-sequence token (if the tokenizer
+has one) between documents, and cut into consecutive sequences of `seq_len`. Reading stops at four
+times the tokens wanted, so that long corpora are not read to the end. `samples` are shared among
+the sources as evenly as possible; from each, distinct sequences are drawn by
+`numpy.random.default_rng([seed, source])` and kept in the order of the text. A source with too few
+sequences leaves its share to the others.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mone_edge.errors import MoneEdgeError, UsageError
+
+SAMPLES, SEQ_LEN, SEED = 128, 2048, 42
+HEADROOM = 4  # tokens read, as a multiple of the tokens wanted
+MAX_CHARACTERS_PER_TOKEN = 8
+MIN_SEQ_LEN = 16
+TEXT_COLUMNS = ("text", "content")
+FILE_SUFFIXES = (".txt", ".md", ".json", ".jsonl", ".ndjson")
+
+_HUB = re.compile(
+    r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?:\[(?P<subset>[^\]]+)\])?"
+    r"(?:\((?P<split>[^)]+)\))?(?::(?P<limit>\d+))?"
+)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Packed calibration tokens and where they come from."""
+
+    tokens: NDArray[np.int64]  # [samples, seq_len]
+    specs: tuple[str, ...]
+    sha256: str  # of the token ids, little-endian int64, row by row
+    seed: int
+    requested_samples: int
+    requested_seq_len: int
+    available_tokens: int  # in all sources together
+
+    @property
+    def short(self) -> str:
+        """What was asked for and could not be had, in numbers; empty if nothing was missing."""
+        samples, seq_len = self.tokens.shape
+        if (samples, seq_len) == (self.requested_samples, self.requested_seq_len):
+            return ""
+        return (
+            f"the calibration text has {self.available_tokens:,} tokens: using {samples} sequences "
+            f"of {seq_len}, not {self.requested_samples} of {self.requested_seq_len}; add --data"
+        )
+
+
+def load(
+    specs: Sequence[str],
+    tokenizer: Any,
+    *,
+    samples: int = SAMPLES,
+    seq_len: int = SEQ_LEN,
+    seed: int = SEED,
+    offline: bool = False,
+) -> Batches:
+    """Read, tokenize and pack calibration text.
+
+    Args:
+        specs: files or `name[subset](split):N` of hub datasets (a local path wins); none means the
+            text that comes with the package.
+        tokenizer: a transformers tokenizer, or its folder.
+        samples: sequences wanted.
+        seq_len: tokens per sequence. Text shorter than one sequence gives one shorter sequence.
+        seed: of the sampling.
+        offline: read hub datasets from the local cache only.
+
+    Raises:
+        MoneEdgeError: a source cannot be read, or holds less than 16 tokens.
+        UsageError: `samples` or `seq_len` make no sense.
+    """
+    if samples < 1 or seq_len < MIN_SEQ_LEN:
+        raise UsageError(
+            f"--samples {samples} --seq-len {seq_len}: at least 1 sequence of {MIN_SEQ_LEN} tokens"
+        )
+    if isinstance(tokenizer, str | Path):
+        tokenizer = load_tokenizer(Path(tokenizer))
+    names = tuple(specs) or (_default_spec(),)
+    enough = HEADROOM * samples * seq_len
+    streams = [_token_stream(spec, tokenizer, enough, offline) for spec in names]
+    available = sum(map(len, streams))
+    if available < MIN_SEQ_LEN:
+        raise MoneEdgeError(
+            f"calibration data {', '.join(names)}: {available} tokens in all, "
+            f"at least {MIN_SEQ_LEN} are needed; add --data"
+        )
+    tokens = _pack(streams, samples, seq_len, seed)
+    sha256 = hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest()
+    return Batches(tokens, names, sha256, seed, samples, seq_len, available)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a checkpoint folder, from local files only.
+
+    Raises:
+        MoneEdgeError: the folder has none that transformers can read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise MoneEdgeError(f"{folder}: no usable tokenizer: {reason[0]}") from error
+
+
+def _default_spec() -> str:
+    from mone_edge.demo import calibration_text
+
+    return str(calibration_text())
+
+
+def _pack(
+    streams: list[NDArray[np.int64]], samples: int, seq_len: int, seed: int
+) -> NDArray[np.int64]:
+    """Draw whole sequences from every source; one shorter sequence if there is no whole one."""
+    rows = [stream[: len(stream) // seq_len * seq_len].reshape(-1, seq_len) for stream in streams]
+    if not any(len(r) for r in rows):
+        return np.concatenate(streams)[None, :seq_len]
+    picked = []
+    shares = _shares([len(r) for r in rows], samples)
+    for source, (row, take) in enumerate(zip(rows, shares, strict=True)):
+        rng = np.random.default_rng([seed, source])
+        picked.append(row[np.sort(rng.choice(len(row), take, replace=False))])
+    return np.concatenate(picked)
+
+
+def _shares(available: list[int], samples: int) -> list[int]:
+    """Split `samples` evenly over sources that hold `available` sequences each."""
+    shares = [0] * len(available)
+    left = samples
+    ascending = sorted(range(len(available)), key=lambda source: available[source])
+    for rank, source in enumerate(ascending):
+        shares[source] = min(available[source], left // (len(available) - rank))
+        left -= shares[source]
+    return shares
+
+
+def _token_stream(spec: str, tokenizer: Any, enough: int, offline: bool) -> NDArray[np.int64]:
+    """Token ids of a source, documents joined by the end-of-sequence token."""
+    ids: list[int] = []
+    eos = tokenizer.eos_token_id
+    for document in _documents(spec, tokenizer, enough, offline):
+        encoded = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        if ids and encoded and eos is not None:
+            ids.append(eos)
+        ids.extend(encoded)
+        if len(ids) >= enough:
+            break
+    return np.asarray(ids, dtype=np.int64)
+
+
+def _documents(spec: str, tokenizer: Any, enough: int, offline: bool) -> Iterator[str]:
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        raise MoneEdgeError(f"--data {spec} is a folder; name a text or jsonl file in it")
+    if path.is_file():
+        return _file_documents(path, tokenizer, enough * MAX_CHARACTERS_PER_TOKEN)
+    match = _HUB.fullmatch(spec)
+    looks_like_file = path.suffix in FILE_SUFFIXES or spec.startswith((".", "/", "~"))
+    if match is None or looks_like_file:
+        raise MoneEdgeError(
+            f"--data {spec}: no such file, and not a dataset name like name[subset](split):N"
+        )
+    return _hub_documents(spec, match, tokenizer, offline)
+
+
+def _file_documents(path: Path, tokenizer: Any, characters: int) -> Iterator[str]:
+    try:
+        if path.suffix not in (".jsonl", ".ndjson"):
+            with path.open(encoding="utf-8") as file:
+                yield file.read(characters)
+            return
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield _record_text(
+                        _json(line, path, number), tokenizer, f"{path}, line {number}"
+                    )
+    except UnicodeDecodeError as error:
+        raise MoneEdgeError(f"--data {path} is not UTF-8 text: byte {error.start}") from error
+    except OSError as error:
+        raise MoneEdgeError(f"cannot read --data {path}: {error.strerror}") from error
+
+
+def _json(line: str, path: Path, number: int) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise MoneEdgeError(f"{path}, line {number}: not JSON: {error}") from error
+
+
+def _record_text(record: Any, tokenizer: Any, where: str) -> str:
+    """The text of a record: its "text", or its "messages" through the tokenizer's chat template."""
+    if isinstance(record, dict):
+        for column in TEXT_COLUMNS:
+            if isinstance(record.get(column), str):
+                return str(record[column])
+        if isinstance(record.get("messages"), list):
+            return _chat_text(record["messages"], tokenizer, where)
+    raise MoneEdgeError(f'{where}: no "text" and no "messages" to calibrate on')
+
+
+def _chat_text(messages: list[Any], tokenizer: Any, where: str) -> str:
+    from jinja2 import TemplateError
+
+    if not getattr(tokenizer, "chat_template", None):
+        raise MoneEdgeError(f'{where}: has "messages", but the tokenizer has no chat template')
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except (TemplateError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise MoneEdgeError(
+            f"{where}: the chat template refuses these messages: {error}"
+        ) from error
+
+
+def _hub_documents(spec: str, match: re.Match[str], tokenizer: Any, offline: bool) -> Iterator[str]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise MoneEdgeError(
+            f"--data {spec}: no such file; hub datasets need: pip install datasets"
+        ) from error
+    if offline:
+        datasets.config.HF_HUB_OFFLINE = True
+    split = match["split"] or "train"
+    try:
+        rows = datasets.load_dataset(
+            match["name"], match["subset"], split=split, streaming=not offline
+        )
+        limit = int(match["limit"]) if match["limit"] else None
+        for number, row in enumerate(islice(rows, limit), 1):
+            yield _record_text(row, tokenizer, f"{spec}, row {number}")
+    except MoneEdgeError:
+        raise
+    except Exception as error:  # the library's errors have no common base
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise MoneEdgeError(
+            f"--data {spec}: not a local file, and not loaded: {reason[0]}"
+        ) from error

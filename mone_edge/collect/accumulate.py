@@ -1,0 +1,117 @@
+"""Running sums of one MoE layer and of ordinary linear layers, batch after batch.
+
+In: the routed inputs and outputs of experts, in the model's precision. Out: LayerStats and
+LinearStats in float64. A batch is summed in float32 (float64 if the model runs in float64) around
+its own mean, and merged into float64 sums by Chan's formula, so that long runs lose no digits.
+Knows nothing about models.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mone_edge.stats import Float, LayerStats, LinearStats
+
+
+class LayerAccumulator:
+    """The sums behind one LayerStats."""
+
+    def __init__(self, num_experts: int) -> None:
+        self.num_experts = num_experts
+        self.total: LayerStats | None = None
+
+    def add(self, batch: "BatchSums") -> None:
+        """Merge a finished batch into the total."""
+        stats = batch.finish()
+        self.total = stats if self.total is None else self.total.merge(stats)
+
+
+class BatchSums:
+    """One forward call of one MoE layer: T tokens, top-k experts each."""
+
+    def __init__(self, num_experts: int, hidden: Tensor, index: Tensor, weights: Tensor) -> None:
+        self.num_experts = num_experts
+        self.precision = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        self.tokens, self.top_k = index.shape
+        self.gates = torch.zeros(
+            self.tokens, num_experts, dtype=self.precision, device=hidden.device
+        )
+        self.gates.scatter_(1, index, weights.to(self.precision))  # [T, E]
+        routed = torch.zeros_like(self.gates).scatter_(1, index, 1.0)  # [T, E]
+        self.count = routed.sum(0)
+        self.input_sq_sum = routed.T @ hidden.to(self.precision).square()  # [E, H]
+        self.columns: dict[str, Tensor] = {}
+        self.scalars = torch.zeros(4, num_experts, dtype=self.precision, device=hidden.device)
+
+    def add_expert(self, expert: int, gate: Tensor, inner: Tensor, output: Tensor) -> None:
+        """Record what one expert did.
+
+        Args:
+            expert: its id.
+            gate: [n] gate weights of the tokens routed to it.
+            inner: [n, I] inputs of its down projection.
+            output: [n, D] its raw outputs, before the gate weight.
+        """
+        gate, inner, output = (t.to(self.precision) for t in (gate, inner, output))
+        gate_sq = gate.square()
+        mean = output.mean(0)
+        centred = output - mean
+        self._column("output_mean", expert, mean)
+        self._column("output_m2", expert, _column_sq_sum(centred))
+        # Around the mean, so that near-constant outputs keep their digits.
+        offset = gate_sq @ centred / gate_sq.sum().clamp_min(torch.finfo(self.precision).tiny)
+        self._column("gate_sq_mean", expert, mean + offset)
+        self._column("inner_sq_sum", expert, _column_sq_sum(inner))
+        norm = torch.linalg.vector_norm(output, dim=1)  # [n]
+        norm_sq = norm.square()
+        sums = (norm.sum(), norm_sq.sum(), gate @ norm, gate_sq @ norm_sq)
+        self.scalars[:, expert] = torch.stack(sums)
+
+    def finish(self) -> LayerStats:
+        """The batch as statistics."""
+        norm_sum, norm_sq_sum, gate_norm_sum, gate_sq_norm_sq_sum = _float64(self.scalars)
+        gates = _float64(self.gates)
+        gate_sq_sum = np.square(gates).sum(0)
+        columns = {name: _float64(values) for name, values in self.columns.items()}
+        columns["gate_sq_mean"][gate_sq_sum == 0] = 0
+        return LayerStats(
+            tokens=self.tokens,
+            top_k=self.top_k,
+            count=_float64(self.count).astype(np.int64),
+            gate_sum=gates.sum(0),
+            gate_sq_sum=gate_sq_sum,
+            norm_sum=norm_sum,
+            norm_sq_sum=norm_sq_sum,
+            gate_norm_sum=gate_norm_sum,
+            gate_sq_norm_sq_sum=gate_sq_norm_sq_sum,
+            input_sq_sum=_float64(self.input_sq_sum),
+            **columns,
+        )
+
+    def _column(self, name: str, expert: int, values: Tensor) -> None:
+        if name not in self.columns:
+            self.columns[name] = values.new_zeros(self.num_experts, len(values))
+        self.columns[name][expert] = values
+
+
+class LinearAccumulator:
+    """The sums behind one LinearStats."""
+
+    def __init__(self) -> None:
+        self.total: LinearStats | None = None
+
+    def add(self, inputs: Tensor) -> None:
+        """Record inputs [..., in_features]."""
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        precision = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        stats = LinearStats(len(rows), _float64(_column_sq_sum(rows.to(precision))))
+        self.total = stats if self.total is None else self.total.merge(stats)
+
+
+def _column_sq_sum(rows: Tensor) -> Tensor:
+    return rows.square().sum(0)
+
+
+def _float64(values: Tensor) -> Float:
+    """On the CPU first: not every accelerator has float64."""
+    return values.cpu().double().numpy()

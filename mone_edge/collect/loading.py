@@ -1,0 +1,149 @@
+"""Checkpoint folder -> transformers model, or one clear line why not.
+
+Local files only, safetensors only, no code from the checkpoint. Also the way back from the names
+of modules in memory to the names of weights in the checkpoint.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mone_edge.errors import MoneEdgeError, UsageError
+
+_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError)
+
+
+def load_model(
+    model_dir: Path, *, device: str = "auto", dtype: str = "auto", experts: str = "eager"
+) -> Any:
+    """Load a causal language model for inference.
+
+    Args:
+        model_dir: folder with config.json and safetensors.
+        device: a torch device, or "auto".
+        dtype: a torch dtype's name, or "auto" (see `choose_dtype`).
+        experts: transformers' experts implementation.
+
+    Raises:
+        MoneEdgeError: not a loadable checkpoint, weights missing, or not enough memory.
+        UsageError: no such device or dtype.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    if not (model_dir / "config.json").is_file():
+        raise MoneEdgeError(f"{model_dir} is not a checkpoint folder: it has no config.json")
+    place = choose_device(device)
+    precision = _dtype(dtype) if dtype != "auto" else choose_dtype(model_dir, place)
+    try:
+        with _quiet():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                model_dir,
+                dtype=precision,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                experts_implementation=experts,
+                output_loading_info=True,
+            )
+    except (*_LOAD_ERRORS, SafetensorError) as error:
+        raise MoneEdgeError(f"cannot load {model_dir}: {_first_line(error)}") from error
+    missing = sorted(map(str, report["missing_keys"])) + sorted(map(str, report["mismatched_keys"]))
+    if missing:
+        raise MoneEdgeError(
+            f"{model_dir}: {len(missing)} weights are missing or have the wrong shape "
+            f"(first: {missing[0]}); the checkpoint is incomplete"
+        )
+    return model.eval().to(place)
+
+
+def choose_device(device: str) -> torch.device:
+    """Resolve "auto" to CUDA if there is one, else the CPU."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {device} cannot be used: {_first_line(error)}") from error
+
+
+def choose_dtype(model_dir: Path, device: torch.device) -> torch.dtype:
+    """float32 where the whole model takes at most half of the memory, else the checkpoint's own.
+
+    Raises:
+        MoneEdgeError: the model does not fit in the memory at all.
+    """
+    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    stored = config.get("dtype") or config.get("torch_dtype") or "float32"
+    own = stored if stored in _ITEM_BYTES else "bfloat16"
+    weight_bytes = sum(file.stat().st_size for file in model_dir.glob("*.safetensors"))
+    memory_bytes = _memory_bytes(device)
+    if weight_bytes / _ITEM_BYTES[own] * 4 <= memory_bytes / 2:
+        return torch.float32
+    if weight_bytes > memory_bytes:
+        raise MoneEdgeError(
+            f"{model_dir} has {weight_bytes / 2**30:.1f} GiB of weights and {device} has "
+            f"{memory_bytes / 2**30:.1f} GiB of memory; collect statistics on a larger machine and "
+            "bring the file (--stats FILE)"
+        )
+    return _dtype(own)
+
+
+def checkpoint_names(model: Any, modules: Iterable[str]) -> dict[str, list[str]]:
+    """Names of `modules` as in the checkpoint's weight keys, without ".weight".
+
+    transformers renames some weights while loading; a fused module gives several names.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    names: dict[str, list[str]] = {}
+    for name in modules:
+        weight = model.get_submodule(name).weight
+        placeholder = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+        try:
+            keys = list(revert_weight_conversion(model, {f"{name}.weight": placeholder}))
+        except (RuntimeError, ValueError, KeyError, NotImplementedError):
+            keys = [f"{name}.weight"]  # a conversion that needs its other parts
+        names[name] = [key.removesuffix(".weight") for key in keys]
+    return names
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UsageError(f"--dtype {name}: choose auto, float32, bfloat16 or float16")
+    return dtype
+
+
+def _memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows
+        return 2**62
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar of transformers: the caller draws its own."""
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()

@@ -1,0 +1,160 @@
+"""What stands in for a pruned expert: its vectors for a file, or a torch model that uses them.
+
+In: a plan, the statistics it was made from, and (for `apply`) a transformers model in memory. Out:
+novice vectors in the plan's order, or the same model pruned, the oracle for the patched llama.cpp.
+Knows nothing about files or quantising.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mone_edge.errors import MoneEdgeError
+from mone_edge.plan import PrunePlan
+from mone_edge.stats import ExpertStats
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+IMPLEMENTATION = "mone-edge-novices"
+_NOVICES = "_mone_edge_novices"
+
+
+def vectors(plan: PrunePlan, stats: ExpertStats, layer: int) -> NDArray[np.float32]:
+    """What each expert id of the pruned layer adds to its output before the gate weight.
+
+    Returns:
+        [experts, D] in `plan.order(layer)`: zero rows for kept experts; for pruned ones the mean
+        output under "mean" (zero if no token reached the expert), zeros under "zero".
+
+    Raises:
+        MoneEdgeError: the plan drops experts, or the statistics are of another model.
+    """
+    require_match(plan, stats)
+    if plan.replacement == "drop":
+        raise MoneEdgeError("a plan with --replacement drop has no novices")
+    means = stats.layers[layer].output_mean
+    novices = np.zeros(means.shape, dtype=np.float32)
+    if plan.replacement == "mean":
+        pruned = list(plan.pruned(layer))
+        novices[len(plan.kept[layer]) :] = means[pruned]
+    return novices
+
+
+def require_match(plan: PrunePlan, stats: ExpertStats) -> None:
+    """Refuse statistics that do not belong to the plan.
+
+    Raises:
+        MoneEdgeError: another model, or other layers or numbers of experts.
+    """
+    if plan.fingerprint != stats.provenance.fingerprint:
+        raise MoneEdgeError(
+            f"the plan is for {plan.model} ({plan.fingerprint[:12]}), the statistics are of "
+            f"{stats.provenance.model} ({stats.provenance.fingerprint[:12]})"
+        )
+    measured = {index: layer.num_experts for index, layer in stats.layers.items()}
+    _require_shape(plan, measured, "the statistics are of")
+
+
+def _require_shape(plan: PrunePlan, experts: dict[int, int], other: str) -> None:
+    """Refuse a plan that was made for other layers or numbers of experts."""
+    if experts != dict(plan.num_experts):
+        wanted, found = (
+            f"{len(layers)} MoE layers of {sorted(set(layers.values()))} experts"
+            for layers in (plan.num_experts, experts)
+        )
+        raise MoneEdgeError(f"the plan is for {wanted}, {other} {found}")
+
+
+def apply(model: Any, plan: PrunePlan, stats: ExpertStats) -> Any:
+    """Prune a transformers model in memory, in place, and return it.
+
+    "mean" and "zero" keep the router whole: a routed pruned expert adds its gate weight times its
+    novice. "drop" cuts the router's rows and the experts' parameters, so that the model selects
+    among the kept experts only.
+
+    Raises:
+        MoneEdgeError: the plan does not fit the model or the statistics.
+    """
+    from mone_edge.collect.experts import experts_modules
+
+    require_match(plan, stats)
+    modules = experts_modules(model)
+    found = {index: len(module.down_proj) for index, (_, module) in modules.items()}
+    _require_shape(plan, found, "the model has")
+    for index, (name, module) in modules.items():
+        if plan.replacement == "drop":
+            _drop(model, name, module, plan.kept[index])
+        else:
+            _install(module, plan, stats, index)
+    if plan.replacement != "drop":
+        model.set_experts_implementation(_registered())
+    return model
+
+
+def _install(module: Any, plan: PrunePlan, stats: ExpertStats, layer: int) -> None:
+    """Give an experts module its novices, by original id: {pruned expert: vector [D]}."""
+    import torch
+
+    rows = vectors(plan, stats, layer)[len(plan.kept[layer]) :]
+    like = module.down_proj
+    table = torch.from_numpy(rows).to(device=like.device, dtype=like.dtype)
+    setattr(module, _NOVICES, dict(zip(plan.pruned(layer), table, strict=True)))
+
+
+def _registered() -> str:
+    from mone_edge.collect.experts import register
+
+    register(IMPLEMENTATION, _experts_with_novices)
+    return IMPLEMENTATION
+
+
+def _experts_with_novices(
+    module: Any, hidden: "Tensor", index: "Tensor", weights: "Tensor"
+) -> "Tensor":
+    """Eager experts with constants for the pruned ones: [T,H], [T,K], [T,K] -> [T,H]."""
+    from mone_edge.collect.experts import routed, run_expert
+
+    novices: dict[int, Tensor] = getattr(module, _NOVICES)
+    result = hidden.new_zeros(len(hidden), _output_width(module))
+    for expert, token, slot in routed(index):
+        novice = novices.get(expert)
+        output = run_expert(module, expert, hidden[token])[1] if novice is None else novice[None]
+        result.index_add_(0, token, (output * weights[token, slot, None]).to(result.dtype))
+    return result
+
+
+def _output_width(module: Any) -> int:
+    return int(module.down_proj.shape[2 if module.is_transposed else 1])
+
+
+def _drop(model: Any, name: str, experts: Any, kept: tuple[int, ...]) -> None:
+    """Cut a block to its kept experts: expert parameters, router rows, counts.
+
+    In the block and its direct children (the router among them), every parameter or buffer whose
+    first dimension is the number of experts is sliced, which covers gate weights, gate biases and
+    correction biases of any name. A router that groups its experts cannot be cut.
+    """
+    total = len(experts.down_proj)
+    block = model.get_submodule(name.rpartition(".")[0])
+    for owner in (block, *block.children()):
+        if getattr(owner, "n_group", None) not in (None, 0, 1):
+            raise MoneEdgeError(f"{name}: group-limited routing cannot drop experts; use mean")
+        _keep_rows(owner, total, list(kept))
+        for attribute in ("num_experts", "n_routed_experts", "out_features"):
+            if getattr(owner, attribute, None) == total:
+                setattr(owner, attribute, len(kept))
+
+
+def _keep_rows(module: Any, total: int, kept: list[int]) -> None:
+    """Slice the module's own tensors that have one row per expert."""
+    from torch import nn
+
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        if len(parameter) == total:
+            rows = parameter.data[kept].clone()
+            setattr(module, name, nn.Parameter(rows, requires_grad=False))
+    for name, buffer in list(module.named_buffers(recurse=False)):
+        if buffer.ndim and len(buffer) == total:
+            setattr(module, name, buffer[kept].clone())
