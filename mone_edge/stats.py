@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +52,23 @@ class LayerStats:
     def num_experts(self) -> int:
         return len(self.count)
 
+    def check(self) -> None:
+        """Raise ValueError where the arrays contradict each other or are not finite."""
+        experts, width = self.output_mean.shape
+        for name in ARRAYS:
+            values = getattr(self, name)
+            wide = name in WIDE
+            if values.shape[:1] != (experts,) or values.ndim != (2 if wide else 1):
+                raise ValueError(f"{name} has shape {values.shape} for {experts} experts")
+            if name in MEANS and values.shape[1] != width:
+                raise ValueError(f"{name} is {values.shape[1]} wide, not {width}")
+            if not np.isfinite(values).all():
+                raise ValueError(f"{name} is not finite")
+        if self.count.sum() != self.tokens * self.top_k:
+            raise ValueError(
+                f"{self.count.sum()} routed tokens, not {self.tokens} tokens times {self.top_k}"
+            )
+
     def merge(self, other: "LayerStats") -> "LayerStats":
         """The statistics of both sets of tokens together (Chan et al. 1979 for mean and M2)."""
         if self.output_mean.shape != other.output_mean.shape or self.top_k != other.top_k:
@@ -74,6 +92,7 @@ class LayerStats:
 
 
 MEANS = ("output_mean", "output_m2", "gate_sq_mean")
+WIDE = (*MEANS, "input_sq_sum", "inner_sq_sum")  # [E, ...], the others are [E]
 ADDITIVE = tuple(f.name for f in dataclasses.fields(LayerStats) if f.name not in (*MEANS, "top_k"))
 ARRAYS = tuple(f.name for f in dataclasses.fields(LayerStats) if f.name not in ("tokens", "top_k"))
 
@@ -126,6 +145,10 @@ class ExpertStats:
         """Number of experts that no calibration token reached."""
         return sum(int((layer.count == 0).sum()) for layer in self.layers.values())
 
+    def repeated_data(self) -> int:
+        """Number of merged parts that read the same tokens as another part."""
+        return len(self.provenance.data_sha256) - len(set(self.provenance.data_sha256))
+
     def merge(self, other: "ExpertStats") -> "ExpertStats":
         """Exact sum of two runs over different tokens of the same model.
 
@@ -159,11 +182,9 @@ class ExpertStats:
             tensors[f"layer.{index}.scalars"] = np.array([layer.tokens, layer.top_k])
         for module, linear in self.linears.items():
             tensors[f"linear.{module}"] = np.append(linear.input_sq_sum, linear.count)
-        header = {
-            "format": FORMAT,
-            "version": str(VERSION),
-            "provenance": json.dumps(dataclasses.asdict(self.provenance)),
-        }
+        document = {"version": VERSION, "provenance": dataclasses.asdict(self.provenance)}
+        # One entry only: safetensors writes several in random order, and the file is hashed.
+        header = {FORMAT: json.dumps(document)}
         with atomic_write(path) as temporary:
             save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, temporary, header)
 
@@ -182,44 +203,64 @@ class ExpertStats:
             )
         try:
             with safe_open(path, framework="numpy") as file:
-                header = file.metadata() or {}
-                if header.get("format") != FORMAT:
-                    raise MoneEdgeError(f"{path} is not a mone-edge statistics file")
-                if header.get("version") != str(VERSION):
-                    raise MoneEdgeError(
-                        f"{path} has statistics version {header.get('version')}, "
-                        f"this mone-edge reads {VERSION}"
-                    )
+                header = _header(path, file.metadata())
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return _assemble(json.loads(header["provenance"]), tensors)
-        except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+            return _assemble(header["provenance"], tensors)
+        except KeyError as error:
+            raise MoneEdgeError(f"{path} is damaged: it has no {error.args[0]}") from error
+        except (SafetensorError, OSError, ValueError, TypeError, IndexError) as error:
             raise MoneEdgeError(f"{path} is damaged: {error}") from error
 
 
-def _assemble(
-    provenance: dict[str, object], tensors: dict[str, NDArray[np.float64]]
-) -> ExpertStats:
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in provenance.items()}
-    layers: dict[int, LayerStats] = {}
-    for name, scalars in tensors.items():
-        if name.startswith("layer.") and name.endswith(".scalars"):
-            index = int(name.split(".")[1])
-            arrays = {field: tensors[f"layer.{index}.{field}"] for field in ARRAYS}
-            layers[index] = LayerStats(int(scalars[0]), int(scalars[1]), **arrays)  # type: ignore[arg-type]
+def _header(path: Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    if FORMAT not in (metadata or {}):
+        raise MoneEdgeError(f"{path} is not a mone-edge statistics file")
+    document: dict[str, Any] = json.loads((metadata or {})[FORMAT])
+    if document["version"] != VERSION:
+        raise MoneEdgeError(
+            f"{path} has statistics version {document['version']}, this mone-edge reads {VERSION}"
+        )
+    return document
+
+
+def _assemble(provenance: dict[str, Any], tensors: Mapping[str, NDArray[Any]]) -> ExpertStats:
+    """The statistics of a file's tensors; KeyError, ValueError, IndexError where they are wrong."""
+    fields: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in provenance.items()
+    }
+    indices = [int(n.split(".")[1]) for n in tensors if n.endswith(".scalars")]
     linears = {
         name.removeprefix("linear."): LinearStats(int(values[-1]), values[:-1])
         for name, values in tensors.items()
         if name.startswith("linear.")
     }
-    return ExpertStats(Provenance(**fields), dict(sorted(layers.items())), linears)  # type: ignore[arg-type]
+    layers = {index: _layer(index, tensors) for index in sorted(indices)}
+    return ExpertStats(Provenance(**fields), layers, linears)
+
+
+def _layer(index: int, tensors: Mapping[str, NDArray[Any]]) -> LayerStats:
+    tokens, top_k = map(int, tensors[f"layer.{index}.scalars"])
+    arrays = {name: tensors[f"layer.{index}.{name}"] for name in ARRAYS}
+    layer = LayerStats(tokens, top_k, **arrays)
+    try:
+        layer.check()
+    except ValueError as error:
+        raise ValueError(f"layer {index}: {error}") from error
+    return layer
 
 
 def merge_all(parts: Iterable[ExpertStats]) -> ExpertStats:
-    """Merge any number of statistics, left to right."""
-    first, *rest = parts
-    for part in rest:
-        first = first.merge(part)
-    return first
+    """Merge any number of statistics, left to right.
+
+    Raises:
+        MoneEdgeError: there are none, or they come from different models.
+    """
+    merged: ExpertStats | None = None
+    for part in parts:
+        merged = part if merged is None else merged.merge(part)
+    if merged is None:
+        raise MoneEdgeError("nothing to merge: name at least one statistics file")
+    return merged
 
 
 def file_sha256(path: Path) -> str:
