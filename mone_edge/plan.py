@@ -94,6 +94,12 @@ class PrunePlan:
     def _check(self, path: Path) -> None:
         if self.kept.keys() != self.num_experts.keys():
             raise MoneEdgeError(f"{path}: kept and num_experts name different layers")
+        numbers = (self.prune_ratio, self.top_k, self.seed, *self.protect)
+        texts = (self.model, self.fingerprint, self.method, self.stats_path, self.stats_sha256)
+        if not all(isinstance(n, int | float) for n in numbers) or not all(
+            isinstance(text, str) for text in texts
+        ):
+            raise MoneEdgeError(f"{path}: a number or a name in it has the wrong type")
         if self.scope not in SCOPES or self.replacement not in REPLACEMENTS:
             raise MoneEdgeError(
                 f"{path}: scope {self.scope}, replacement {self.replacement}: this mone-edge knows "
@@ -292,12 +298,12 @@ def _ranking(scores: Float) -> list[tuple[float, int]]:
 def _too_few(experts: int, left: int, floor: int, ratio: float, replacement: str) -> str:
     largest = math.floor((experts - floor) / experts * 10_000) / 10_000
     reason = (
-        f"the router selects top_k experts among the kept ones, so {floor} must stay"
+        f"the router selects top_k={floor} among those that stay"
         if replacement == "drop"
         else f"{floor} must stay (one per layer)"
     )
     remedy = ", or use --replacement mean" if replacement == "drop" else ""
     return (
-        f"--prune-ratio {ratio:g} leaves {left} of {experts} experts; {reason}: "
+        f"--prune-ratio {ratio:g} leaves {left} of {experts} experts, and {reason}: "
         f"reduce --prune-ratio to at most {largest:g}{remedy}"
     )

@@ -1,0 +1,209 @@
+"""Plans: counts, floors, ties, refusals, the file."""
+
+import dataclasses
+import itertools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mone_edge.criteria import CRITERIA
+from mone_edge.errors import MoneEdgeError, UsageError
+from mone_edge.plan import PrunePlan, make_plan, parse_layers
+from mone_edge.stats import ExpertStats
+from tests.test_stats import make_stats
+
+RATIOS = (0, 0.1, 0.125, 0.25, 0.3, 0.5, 0.625, 0.75)
+
+
+def scores(stats: ExpertStats, method: str, layer: int) -> np.ndarray:
+    return CRITERIA[method](stats.layers[layer], np.random.default_rng([42, layer]))
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("scope", ["layer", "model"])
+@pytest.mark.parametrize("method", ["mone", "reap", "random"])
+def test_properties(seed: int, ratio: float, scope: str, method: str) -> None:
+    stats = make_stats(layers=3, experts=8, seed=seed)
+    plan = make_plan(stats, prune_ratio=ratio, scope=scope, method=method)
+    assert plan == make_plan(stats, prune_ratio=ratio, scope=scope, method=method)
+    pruned = [len(plan.pruned(layer)) for layer in plan.kept]
+    if scope == "layer":
+        assert pruned == [math.floor(8 * ratio + 0.5)] * 3
+    else:
+        assert sum(pruned) == math.floor(24 * ratio + 0.5)
+    assert plan.removed_fraction == pytest.approx(sum(pruned) / 24)
+    for layer, kept in plan.kept.items():
+        assert len(kept) >= 1
+        assert list(kept) == sorted(kept)
+        assert sorted(plan.order(layer)) == list(range(8))
+        assert plan.order(layer)[: len(kept)] == kept
+        if pruned[layer]:
+            values = scores(stats, method, layer)
+            assert values[list(plan.pruned(layer))].max() <= values[list(kept)].min()
+
+
+def test_a_higher_ratio_prunes_a_superset() -> None:
+    stats = make_stats(layers=3, experts=8, seed=9)
+    for scope in ("layer", "model"):
+        plans = [make_plan(stats, prune_ratio=ratio, scope=scope) for ratio in RATIOS]
+        for less, more in itertools.pairwise(plans):
+            for layer in less.kept:
+                assert set(less.pruned(layer)) <= set(more.pruned(layer))
+
+
+def test_model_scope_keeps_the_floor_and_passes_on() -> None:
+    stats = make_stats(layers=2, experts=8)
+    quiet = dataclasses.replace(stats.layers[0], gate_sum=stats.layers[0].gate_sum * 1e-9)
+    stats = ExpertStats(stats.provenance, {0: quiet, 1: stats.layers[1]})
+    plan = make_plan(stats, prune_ratio=0.5, scope="model", method="routing-score")
+    assert [len(ids) for ids in plan.kept.values()] == [1, 7]
+    best = int(np.argmax(scores(stats, "routing-score", 0)))
+    assert plan.kept[0] == (best,)
+
+
+def test_equal_scores_lose_the_higher_id() -> None:
+    stats = make_stats(layers=2, experts=8)
+    even = {i: dataclasses.replace(s, gate_sum=np.ones(8)) for i, s in stats.layers.items()}
+    stats = ExpertStats(stats.provenance, even)
+    plan = make_plan(stats, prune_ratio=0.25, method="routing-score")
+    assert plan.kept == {0: (0, 1, 2, 3, 4, 5), 1: (0, 1, 2, 3, 4, 5)}
+    plan = make_plan(stats, prune_ratio=0.25, method="routing-score", scope="model")
+    assert plan.kept == {0: tuple(range(8)), 1: (0, 1, 2, 3)}
+
+
+def test_protected_layers_stay_whole() -> None:
+    stats = make_stats(layers=3, experts=8)
+    for scope, counts in (("layer", [8, 4, 8]), ("model", [8, 4, 8])):
+        plan = make_plan(stats, prune_ratio=0.5, scope=scope, protect=(0, 2))
+        assert [len(ids) for ids in plan.kept.values()] == counts
+        assert plan.protect == (0, 2)
+    everything = make_plan(stats, prune_ratio=0.5, scope="model", protect=(0, 1, 2))
+    assert everything.removed_fraction == 0
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1, 1.5, math.nan, math.inf])
+def test_impossible_ratios_are_refused(ratio: float) -> None:
+    with pytest.raises(UsageError, match="--prune-ratio"):
+        make_plan(make_stats(), prune_ratio=ratio)
+
+
+def test_too_few_experts_are_refused_with_the_ratio_that_works() -> None:
+    stats = make_stats(experts=8, top_k=3)
+    with pytest.raises(UsageError, match=r"top_k=3 .* at most 0\.625, or use --replacement"):
+        make_plan(stats, prune_ratio=0.75, replacement="drop")
+    assert len(make_plan(stats, prune_ratio=0.625, replacement="drop").kept[0]) == 3
+    assert len(make_plan(stats, prune_ratio=0.75).kept[0]) == 2
+    with pytest.raises(UsageError, match=r"at most 0\.875"):
+        make_plan(stats, prune_ratio=0.99)
+    assert len(make_plan(stats, prune_ratio=0.875).kept[0]) == 1
+    with pytest.raises(UsageError, match=r"at most 0\.875"):
+        make_plan(stats, prune_ratio=0.99, scope="model")
+    assert make_plan(stats, prune_ratio=0.875, scope="model").removed_fraction == 0.875
+
+
+@pytest.mark.parametrize("experts", [6, 7, 12, 60, 64])
+@pytest.mark.parametrize("ratio", [0.95, 0.99, 0.999])
+def test_the_ratio_in_the_refusal_works(experts: int, ratio: float) -> None:
+    stats = make_stats(experts=experts, top_k=4)
+    for replacement, scope in (("drop", "layer"), ("mean", "layer"), ("mean", "model")):
+        try:
+            make_plan(stats, prune_ratio=ratio, replacement=replacement, scope=scope)
+        except UsageError as error:
+            works = float(str(error).split("at most ")[1].split(",")[0])
+            plan = make_plan(stats, prune_ratio=works, replacement=replacement, scope=scope)
+            assert plan.removed_fraction > 0
+
+
+@pytest.mark.parametrize("choice", ["method", "scope", "replacement"])
+def test_unknown_names_are_refused_with_the_known(choice: str) -> None:
+    with pytest.raises(UsageError, match=f"--{choice} best: choose one of"):
+        make_plan(make_stats(), **{choice: "best"})
+
+
+def test_uneven_drop_is_refused() -> None:
+    with pytest.raises(UsageError, match="--scope model"):
+        make_plan(make_stats(), replacement="drop", scope="model")
+    with pytest.raises(UsageError, match="--protect"):
+        make_plan(make_stats(), replacement="drop", protect=(0,))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", ()),
+        ("0", (0,)),
+        ("0,2-4,-1", (0, 2, 3, 4, 7)),
+        ("-2--1", (6, 7)),
+        (" 3 , 3 ", (3,)),
+        ("5--1", (5, 6, 7)),
+    ],
+)
+def test_layers_are_parsed(text: str, expected: tuple[int, ...]) -> None:
+    assert parse_layers(text, range(8)) == expected
+
+
+def test_layers_are_those_of_the_model() -> None:
+    assert parse_layers("-1", (1, 3, 5)) == (5,)
+    assert parse_layers("1-5", (1, 3, 5)) == (1, 3, 5)
+
+
+@pytest.mark.parametrize("text", ["x", "8", "-9", "2-1", "1-", "-", "1-2-3", "1;2", "0-99", "1.5"])
+def test_bad_layers_are_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="--protect"):
+        parse_layers(text, range(8))
+
+
+def test_a_layer_the_model_lacks_is_refused() -> None:
+    with pytest.raises(UsageError, match="--protect 5"):
+        make_plan(make_stats(layers=2), protect=(5,))
+
+
+def test_file_round_trip(tmp_path: Path) -> None:
+    plan = make_plan(make_stats(layers=3), protect=(1,), stats_path="s", stats_sha256="ab")
+    plan.save(tmp_path / "plan.json")
+    assert PrunePlan.load(tmp_path / "plan.json") == plan
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(MoneEdgeError) as error:
+        PrunePlan.load(path)
+    message = str(error.value)
+    assert "\n" not in message
+    assert str(path) in message
+    return message
+
+
+def test_missing_and_foreign_files_get_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    assert "mone-edge plan STATS" in refused(path)
+    for text in ("", "{", "[]", "null", "{}", '{"format": "x", "version": 1}', "\x00\xff"):
+        path.write_bytes(text.encode("latin-1"))
+        refused(path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("version", 2),
+        ("kept", {"0": [0, 1]}),
+        ("kept", {"0": [], "1": [0]}),
+        ("kept", {"0": [1, 0], "1": [0]}),
+        ("kept", {"0": [0, 8], "1": [0]}),
+        ("kept", {"0": [0, 0], "1": [0]}),
+        ("kept", [1, 2]),
+        ("num_experts", {"0": "many", "1": 8}),
+        ("scope", "town"),
+        ("replacement", "prayer"),
+        ("top_k", "2"),
+        ("surprise", 1),
+    ],
+)
+def test_damaged_plans_get_one_line(tmp_path: Path, field: str, value: object) -> None:
+    path = tmp_path / "plan.json"
+    make_plan(make_stats()).save(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    refused(path)
