@@ -125,7 +125,7 @@ class GgufModel:
         self._cells = n_ctx
         self._sequences = 1
         self._log = LogTail()
-        self._listen()
+        listen(self._api, self._log)
         self._api.llama_backend_init()
         self._model = self._api.llama_model_load_from_file(
             os.fsencode(path), self._api.llama_model_default_params()
@@ -168,6 +168,23 @@ class GgufModel:
     def context_length(self) -> int:
         """Tokens of context the model was trained with."""
         return int(self._api.llama_model_n_ctx_train(self._model))
+
+    @property
+    def layers(self) -> int:
+        """Blocks of the model."""
+        return int(self._api.llama_model_n_layer(self._model))
+
+    @property
+    def num_experts(self) -> int:
+        """Width of the router; 0 for a dense model."""
+        architecture = self.metadata("general.architecture")
+        return int(self.metadata(f"{architecture}.expert_count") or 0)
+
+    def metadata(self, key: str) -> str:
+        """A scalar of the GGUF's header as text, empty where there is none (or it is an array)."""
+        buffer = ctypes.create_string_buffer(1024)
+        size = self._api.llama_model_meta_val_str(self._model, key.encode(), buffer, len(buffer))
+        return buffer.value.decode("utf-8", "replace") if size >= 0 else ""
 
     def kept_experts(self, layer: int) -> int:
         """Experts with weights in a block; 0 for a block without experts."""
@@ -234,7 +251,7 @@ class GgufModel:
         params.n_threads = params.n_threads_batch = self._threads
         if self._eval_callback:
             params.cb_eval = self._eval_callback
-        self._listen()
+        listen(self._api, self._log)
         self._context = self._api.llama_init_from_model(self._model, params)
         if not self._context:
             raise MoneEdgeError(
@@ -264,7 +281,7 @@ class GgufModel:
             for i, (token, position) in enumerate(zip(tokens, positions, strict=True)):
                 batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, position, 1
                 batch.seq_id[i][0], batch.logits[i] = sequences[i], wanted[i]
-            self._listen()
+            listen(self._api, self._log)
             status = self._api.llama_decode(self._context, batch)
         finally:
             self._api.llama_batch_free(batch)
@@ -284,13 +301,6 @@ class GgufModel:
         if self._context:
             self._api.llama_free(self._context)
             self._context = None
-
-    def _listen(self) -> None:
-        """Route llama.cpp's log to this model's tail (the callback is one for the process)."""
-        global _current_log
-        self._log.errors.clear()
-        _current_log = self._log
-        install_log(self._api)
 
     def _make_eval_callback(self) -> Any:
         """A `ggml_backend_sched_eval_callback` that hands wanted tensors to the watcher."""
@@ -355,18 +365,22 @@ class TensorReader:
         return view.copy()
 
 
-_current_log: LogTail | None = None
-_log_callback: Any = None
+class _LogRoute:
+    """llama.cpp has one log for the process; this sends it to whoever listens."""
+
+    target: LogTail | None = None
+    callback: Any = None
 
 
-def install_log(api: Any) -> None:
-    """Send llama.cpp's log to the model that is at work, instead of stderr."""
-    global _log_callback
-    if _log_callback is None:
+def listen(api: Any, log: LogTail) -> None:
+    """Send what llama.cpp logs from here on to `log`, emptied, instead of stderr."""
+    log.errors.clear()
+    _LogRoute.target = log
+    if _LogRoute.callback is None:
 
         def callback(level: int, text: bytes, _: int) -> None:
-            if _current_log is not None:
-                _current_log.add(level, text)
+            if _LogRoute.target is not None:
+                _LogRoute.target.add(level, text)
 
-        _log_callback = api.llama_log_callback(callback)
-    api.llama_log_set(_log_callback, None)
+        _LogRoute.callback = api.llama_log_callback(callback)
+    api.llama_log_set(_LogRoute.callback, None)
