@@ -1,0 +1,57 @@
+"""The model card that stands beside a GGUF: what was done to the model, and how to do it again."""
+
+from pathlib import Path
+
+from mone_edge.paths import atomic_write
+from mone_edge.plan import PrunePlan
+from mone_edge.recipe import Recipe
+
+TEMPLATE = """---
+base_model: {base}
+library_name: gguf
+tags: [moe, mone, pruned, gguf]
+---
+# {name}
+
+{model}, {what}, written by mone-edge ({bytes} bytes).
+
+{runs}
+
+Make it again:
+
+```
+mone-edge convert {model} --recipe {recipe} -o {name}
+```
+
+Statistics: {stats}. Experts kept in each MoE layer: {kept}.
+"""
+PATCHED = """It needs the patched llama.cpp of mone-edge (`mone-edge runtime build`, then
+`mone-edge run {name}`); an unpatched llama.cpp refuses the file."""
+STOCK = "It runs on any llama.cpp that knows the architecture."
+
+
+def write(outfile: Path, plan: PrunePlan | None, recipe: Recipe, size: int) -> None:
+    """Write `<outfile stem>.md`."""
+    patched = plan is not None and plan.replacement != "drop" and plan.removed_fraction > 0
+    if plan is None or plan.removed_fraction == 0:
+        what, kept, stats = "not pruned", "all", "none needed"
+    else:
+        what = (
+            f"with {plan.removed_fraction:.1%} of its routed experts removed by `{plan.method}` "
+            f"({plan.scope} scope; replaced by `{plan.replacement}`)"
+        )
+        kept = " ".join(str(len(ids)) for ids in plan.kept.values())
+        stats = f"sha256 {plan.stats_sha256[:16]}" if plan.stats_sha256 else "in memory"
+    text = TEMPLATE.format(
+        base=recipe.model,
+        name=outfile.name,
+        model=recipe.model,
+        what=what,
+        bytes=f"{size:,}",
+        runs=PATCHED.format(name=outfile.name) if patched else STOCK,
+        recipe=outfile.with_suffix(".recipe.yaml").name,
+        stats=stats,
+        kept=kept,
+    )
+    with atomic_write(outfile.with_suffix(".md")) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -1,0 +1,250 @@
+"""`mone-edge convert`: the whole job, from a checkpoint to a smaller GGUF."""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.core import ParameterSource
+
+from mone_edge.commands.options import calibration_options, plan_options
+from mone_edge.console import Console, common_options, force_option, human_bytes, offline_option
+from mone_edge.errors import MoneEdgeError, UsageError
+
+if TYPE_CHECKING:
+    from mone_edge.convert import Converted, Job
+    from mone_edge.plan import PrunePlan
+    from mone_edge.recipe import Recipe
+    from mone_edge.source import Source
+    from mone_edge.stats import ExpertStats
+
+PLAN_FIELDS = ("prune_ratio", "method", "scope", "replacement", "protect")
+SIZE = re.compile(r"(\d+)([KMG]?)", re.I)
+
+
+@click.command("convert")
+@click.argument("model")
+@click.option(
+    "-o", "--outfile", metavar="FILE",
+    help="[default: {name}-MoNE{ratio}-{ftype}.gguf]; {ftype} is filled in.",
+)  # fmt: skip
+@plan_options
+@click.option(
+    "--outtype", multiple=True, default=("Q4_K_M",), show_default=True, metavar="TYPE",
+    help="File type, by llama.cpp's name; may be repeated.",
+)  # fmt: skip
+@click.option("--stats", type=click.Path(path_type=Path), help="Statistics, instead of calibrating.")
+@click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="A plan to carry out.")
+@calibration_options
+@click.option("--recipe", type=click.Path(path_type=Path), help="Options from a YAML file.")
+@click.option("--imatrix", default="auto", show_default=True, metavar="auto|none|FILE")
+@click.option("--tensor-type", multiple=True, metavar="RE=TYPE", help="As llama-quantize's.")
+@click.option("--split-max-size", default="0", metavar="N[K|M|G]", help="Bytes of each part.")
+@click.option("--tokenizer-pre", default="", metavar="NAME", help="Pre-tokenizer's name.")
+@click.option("--threads", "-t", type=click.IntRange(1), help="[default: all cores]")
+@click.option("--dry-run", is_flag=True, help="Check all, say sizes, write nothing.")
+@force_option
+@offline_option
+@common_options
+@click.pass_context
+def command(
+    ctx: click.Context,
+    console: Console,
+    model: str,
+    outfile: str | None,
+    stats: Path | None,
+    plan_file: Path | None,
+    recipe: Path | None,
+    device: str,
+    split_max_size: str,
+    threads: int | None,
+    dry_run: bool,
+    force: bool,
+    offline: bool,
+    **options: Any,
+) -> None:
+    """Make MODEL smaller: calibrate, prune, quantise, write one GGUF for llama.cpp.
+
+    MODEL is a hub id (org/name[@revision]), a checkpoint folder, or demo.
+
+    \b
+    mone-edge convert demo --prune-ratio 0.5 --outtype Q8_0
+    mone-edge convert ./OLMoE-1B-7B --stats stats.safetensors --outtype Q4_K_M --outtype Q8_0
+    """
+    from mone_edge import convert, pipeline, quantize
+    from mone_edge.paths import require_writable
+    from mone_edge.plan import PrunePlan
+    from mone_edge.source import resolve
+
+    split_max_bytes = _bytes(split_max_size)
+    plan = PrunePlan.load(plan_file) if plan_file else None
+    source = resolve(model, offline=offline)
+    chosen = _recipe(ctx, source, options, recipe)
+    chosen = dataclasses.replace(chosen, outtype=tuple(map(quantize.file_type, chosen.outtype)))
+    if plan:
+        chosen = dataclasses.replace(
+            chosen, **{name: getattr(plan, name) for name in PLAN_FIELDS}
+        )
+    outfiles = _outfiles(source, chosen, outfile)
+    for path in outfiles.values():
+        require_writable(path, force=force)
+    rehearsal = pipeline.rehearse(source, chosen, outfiles)
+    convert.require_space(rehearsal)
+    if dry_run:
+        _tell_estimate(console, rehearsal)
+        return
+    measured, decided = _decide(console, source, chosen, plan, stats, device, offline)
+    jobs = convert.prepare(source, chosen, outfiles, plan=decided, stats=measured)
+    with console.progress("writing", "B") as progress:
+        made = convert.write(
+            jobs, chosen, split_max_bytes=split_max_bytes, threads=threads, progress=progress
+        )
+    _tell(console, made)
+
+
+def _recipe(
+    ctx: click.Context, source: "Source", options: dict[str, Any], file: Path | None
+) -> "Recipe":
+    """Options given on the command line, then those of the recipe file, then the defaults."""
+    from mone_edge import recipe as recipes
+    from mone_edge.plan import parse_layers
+
+    saved = recipes.load(file) if file else {}
+    nested = saved.get("calibration") or {}
+
+    def value(name: str, where: dict[str, Any]) -> Any:
+        given = ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        chosen = options[name] if given or where.get(name) is None else where[name]
+        is_list = name in ("data", "outtype", "tensor_type")
+        return tuple([chosen] if is_list and isinstance(chosen, str) else chosen) if is_list else chosen
+
+    calibration = recipes.Calibration(
+        **{f.name: value(f.name, nested) for f in dataclasses.fields(recipes.Calibration)}
+    )
+    names = [f.name for f in dataclasses.fields(recipes.Recipe)]
+    fields = {n: value(n, saved) for n in names if n in options and n != "protect"}
+    protect = value("protect", saved)
+    if isinstance(protect, str):
+        protect = parse_layers(protect, range(source.num_layers))
+    return recipes.Recipe(model=source.name, protect=tuple(protect), calibration=calibration, **fields)
+
+
+def _outfiles(source: "Source", recipe: "Recipe", template: str | None) -> dict[str, Path]:
+    name = source.path.name if source.name != "demo" else "demo"
+    template = template or f"{name}-MoNE{recipe.prune_ratio:g}-{{ftype}}.gguf"
+    if len(recipe.outtype) > 1 and "{ftype}" not in template:
+        raise UsageError(f"{len(recipe.outtype)} types need {{ftype}} in --outfile {template}")
+    return {t: Path(template.replace("{ftype}", t)) for t in recipe.outtype}
+
+
+def _bytes(text: str) -> int:
+    match = SIZE.fullmatch(text)
+    if not match:
+        raise UsageError(f"--split-max-size {text} is not a number with K, M or G behind it")
+    return int(match[1]) * 1000 ** ("", "K", "M", "G").index(match[2].upper())
+
+
+def _decide(
+    console: Console,
+    source: "Source",
+    recipe: "Recipe",
+    plan: "PrunePlan | None",
+    stats: Path | None,
+    device: str,
+    offline: bool,
+) -> "tuple[ExpertStats | None, PrunePlan | None]":
+    """Statistics and plan: the user's where given, else from the cache or measured now."""
+    from mone_edge import pipeline
+    from mone_edge.stats import ExpertStats
+
+    if plan:
+        return _stats_of_plan(plan, stats), plan
+    if stats:
+        measured = ExpertStats.load(stats)
+    elif recipe.prune_ratio == 0:
+        return None, None
+    else:
+        stats = pipeline.cached_stats(source, recipe.calibration)
+        if stats.is_file():
+            console.info(f"statistics from {stats}")
+            measured = ExpertStats.load(stats)
+        else:
+            measured = _measure(console, source, recipe, device, offline)
+            stats.parent.mkdir(parents=True, exist_ok=True)
+            measured.save(stats)
+    decided = pipeline.plan_from_stats(recipe, measured, stats) if recipe.prune_ratio else None
+    return measured, decided
+
+
+def _measure(
+    console: Console, source: "Source", recipe: "Recipe", device: str, offline: bool
+) -> "ExpertStats":
+    from mone_edge import pipeline
+
+    with console.progress("calibrating", "seq") as progress:
+        return pipeline.calibrate(
+            source,
+            recipe.calibration,
+            device=device,
+            offline=offline,
+            progress=progress,
+            warn=console.warn,
+        )
+
+
+def _stats_of_plan(plan: "PrunePlan", given: Path | None) -> "ExpertStats | None":
+    from mone_edge.stats import ExpertStats, file_sha256
+
+    path = given or (Path(plan.stats_path) if plan.stats_path else None)
+    if path is None or not path.is_file():
+        if plan.replacement != "mean":
+            return None
+        raise MoneEdgeError(
+            f"the plan's novices come from {path or 'a statistics file'}, which is not there; "
+            "name it with --stats"
+        )
+    if plan.stats_sha256 and file_sha256(path) != plan.stats_sha256:
+        raise MoneEdgeError(f"{path} is not the statistics file that the plan was made from")
+    return ExpertStats.load(path)
+
+
+def _tell_estimate(console: Console, jobs: "list[Job]") -> None:
+    from mone_edge import convert
+
+    working = convert.working_bytes(jobs)
+    documents = [
+        {
+            "outfile": str(job.outfile),
+            "bytes": job.data_bytes,
+            "experts_kept": list(convert.experts_kept(job.model)),
+            "working_bytes": working,
+            "dry_run": True,
+        }
+        for job in jobs
+    ]
+    lines = [f"would write {job.outfile}: {human_bytes(job.data_bytes)}" for job in jobs]
+    lines.append(f"memory to write it: {human_bytes(working)} beyond the program itself")
+    console.result(documents[0] if len(documents) == 1 else documents, "\n".join(lines))
+
+
+def _tell(console: Console, made: "list[Converted]") -> None:
+    documents = [
+        {
+            "outfile": str(file.outfile),
+            "files": [str(part) for part in file.files],
+            "outtype": file.outtype,
+            "bytes": file.bytes,
+            "prune_ratio": file.prune_ratio,
+            "experts_kept": list(file.experts_kept),
+            "seconds": file.seconds,
+            "peak_rss_bytes": file.peak_rss_bytes,
+        }
+        for file in made
+    ]
+    lines = [
+        f"{file.outfile}: {human_bytes(file.bytes)}, {file.prune_ratio:.1%} of the experts removed, "
+        f"written in {file.seconds:.1f} s"
+        for file in made
+    ]
+    console.result(documents[0] if len(documents) == 1 else documents, "\n".join(lines))

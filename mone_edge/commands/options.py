@@ -1,0 +1,64 @@
+"""Options that more than one command has, and the lists of names they take."""
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from mone_edge.recipe import REPLACEMENTS, SCOPES
+
+Command = Callable[..., Any]
+
+
+def calibration_options(command: Command) -> Command:
+    """--data, --samples, --seq-len, --seed and --device."""
+    options = [
+        click.option(
+            "--data",
+            multiple=True,
+            metavar="SPEC",
+            help="Calibration text: a text or jsonl file, or name[subset](split):N of a hub "
+            "dataset; may be repeated. Default: text that comes with the package.",
+        ),
+        click.option("--samples", type=click.IntRange(1), default=128, show_default=True),
+        click.option(
+            "--seq-len", type=click.IntRange(2), default=2048, show_default=True, help="Tokens."
+        ),
+        click.option("--seed", type=click.IntRange(0), default=42, show_default=True),
+        click.option("--device", default="auto", show_default=True, help="A torch device."),
+    ]
+    return _apply(options, command)
+
+
+def plan_options(command: Command) -> Command:
+    """--prune-ratio, --method, --scope, --replacement and --protect."""
+    options = [
+        click.option(
+            "--prune-ratio",
+            type=click.FloatRange(0, 1, max_open=True),
+            default=0.25,
+            show_default=True,
+            help="Fraction of the experts to remove.",
+        ),
+        click.option("--method", default="mone", show_default=True, callback=_known_method),
+        click.option("--scope", type=click.Choice(SCOPES), default="layer", show_default=True),
+        click.option(
+            "--replacement", type=click.Choice(REPLACEMENTS), default="mean", show_default=True
+        ),
+        click.option("--protect", default="", metavar="LAYERS", help="Left whole, as 0,2-4,-1."),
+    ]
+    return _apply(options, command)
+
+
+def _apply(options: list[Command], command: Command) -> Command:
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _known_method(_ctx: click.Context, _param: click.Parameter, value: str) -> str:
+    from mone_edge.criteria import CRITERIA
+
+    if value not in CRITERIA:
+        raise click.BadParameter(f"no method {value}; there are {', '.join(CRITERIA)}")
+    return value

@@ -1,0 +1,62 @@
+"""`mone-edge runtime`: build the patched llama.cpp, or tell what is built."""
+
+import click
+
+from mone_edge.console import Console, common_options, force_option, offline_option
+
+
+@click.group("runtime")
+def command() -> None:
+    """The patched llama.cpp and llama-cpp-python that run pruned models."""
+
+
+@command.command("build")
+@click.option("--backend", default="cpu", show_default=True)
+@click.option("--target", default="native", show_default=True)
+@click.option("--jobs", "-j", type=click.IntRange(1), help="Compilers at a time [default: all cores]")
+@force_option
+@offline_option
+@common_options
+def build(
+    console: Console, backend: str, target: str, jobs: int | None, force: bool, offline: bool
+) -> None:
+    """Fetch the pinned source, patch it, compile it and install the Python package.
+
+    About 7 minutes on two cores, once: the result is kept in the cache.
+    """
+    from mone_edge import runtime
+
+    done = runtime.build(
+        jobs=jobs,
+        backend=backend,
+        target=target,
+        force=force,
+        offline=offline,
+        progress=console.info,
+    )
+    _tell(console, done)
+
+
+@command.command("info")
+@common_options
+def info(console: Console) -> None:
+    """Tell what is built, where, and whether this environment uses it."""
+    from mone_edge import runtime
+
+    _tell(console, runtime.info())
+
+
+def _tell(console: Console, found: object) -> None:
+    import dataclasses
+
+    fields = dataclasses.asdict(found)  # type: ignore[call-overload]
+    document = {key: _plain(value) for key, value in fields.items()}
+    lines = [f"{key}: {value}" for key, value in document.items() if key != "tools"]
+    lines += [f"{name}: {path}" for name, path in document["tools"].items()]
+    console.result(document, "\n".join(lines))
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, dict):
+        return {k: str(v) for k, v in value.items()}
+    return value if isinstance(value, (bool, int, type(None))) else str(value)

@@ -1,0 +1,187 @@
+"""A checkpoint as llama.cpp's own `conversion` package sees it: names, metadata, lazy tensors.
+
+In: a checkpoint folder. Out: a `ModelFile`. Nothing about architectures or tokenizers is decided
+here; the package of the pinned llama.cpp tree does it, in process. Reads no weights.
+"""
+
+import functools
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from mone_edge import runtime
+from mone_edge.errors import MoneEdgeError
+from mone_edge.model_file import Array, Chunk, LazyTensor, ModelFile
+from mone_edge.source import Source
+
+UNQUANTISED = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16"}
+
+
+@functools.cache
+def packages() -> tuple[ModuleType, ModuleType]:
+    """`gguf` and `conversion` of the pinned tree, which belong together."""
+    tree = runtime.source_tree()
+    for name in [m for m in sys.modules if m.partition(".")[0] == "gguf"]:
+        del sys.modules[name]
+    sys.path[:0] = [str(tree / "gguf-py"), str(tree)]
+    try:
+        return importlib.import_module("gguf"), importlib.import_module("conversion")
+    finally:
+        del sys.path[:2]
+
+
+def open_checkpoint(source: Source, *, dtype: str = "F32", tokenizer_pre: str = "") -> ModelFile:
+    """The model that llama.cpp's converter would write for `dtype`, with nothing read yet.
+
+    Args:
+        dtype: "F32", "F16" or "BF16": the type of the unquantised file.
+        tokenizer_pre: name of the pre-tokenizer, for one that the package does not recognise.
+
+    Raises:
+        MoneEdgeError: the architecture or the tokenizer is unknown, or the checkpoint is damaged.
+    """
+    gguf, conversion = packages()
+    base = conversion.ModelBase
+    try:
+        hparams = base.load_hparams(source.path, False)
+        architecture = conversion.get_model_architecture(hparams, conversion.ModelType.TEXT)
+        model_class = conversion.get_model_class(architecture)
+    except (NotImplementedError, ValueError) as error:
+        raise MoneEdgeError(
+            f"{source.name}: llama.cpp's conversion does not know {source.architecture} ({error})"
+        ) from error
+    if tokenizer_pre:
+        _require_known_pre(tokenizer_pre, base)
+    with _inference(), _stacks_in_chunks(gguf, conversion.LazyTorchTensor):
+        try:
+            model = model_class(source.path, gguf.LlamaFileType[UNQUANTISED[dtype]], Path("model.gguf"))
+            if tokenizer_pre:
+                model.get_vocab_base_pre = lambda tokenizer: tokenizer_pre  # noqa: ARG005
+            model.prepare_tensors()
+            _prepare_metadata(model, source)
+        except MoneEdgeError:
+            raise
+        except (ValueError, KeyError, FileNotFoundError, NotImplementedError, TypeError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise MoneEdgeError(f"{source.name} cannot be converted: {reason}") from error
+    tensors = {
+        name: _lazy(gguf, info) for part in model.gguf_writer.tensors for name, info in part.items()
+    }
+    metadata = {k: v for part in model.gguf_writer.kv_data for k, v in part.items()}
+    arch = gguf.MODEL_ARCH_NAMES[model.model_arch]
+    return ModelFile(arch, metadata, tensors, functools.partial(_module_tensor, model))
+
+
+def known_pre_tokenizers() -> list[str]:
+    """Names that `--tokenizer-pre` takes."""
+    _, conversion = packages()
+    text = inspect.getsource(conversion.TextModel.get_vocab_base_pre)
+    return sorted(set(re.findall(r'res = "([\w.-]+)"', text)))
+
+
+def _require_known_pre(name: str, base: Any) -> None:
+    del base
+    if name not in (known := known_pre_tokenizers()):
+        raise MoneEdgeError(f"no pre-tokenizer {name}; llama.cpp knows {', '.join(known)}")
+
+
+def _prepare_metadata(model: Any, source: Source) -> None:
+    try:
+        model.prepare_metadata(vocab_only=False)
+    except NotImplementedError as error:
+        if "pre-tokenizer" not in str(error):
+            raise
+        raise MoneEdgeError(
+            f"{source.name}: llama.cpp's conversion does not recognise this tokenizer's "
+            "pre-tokenizer; name the one it was made with, for example --tokenizer-pre gpt-2 "
+            f"(known: {', '.join(known_pre_tokenizers())})"
+        ) from error
+
+
+def _module_tensor(model: Any, module: str) -> str | None:
+    try:
+        name: str = model.map_tensor_name(f"{module}.weight")
+    except ValueError:
+        return None
+    return name
+
+
+@contextmanager
+def _inference() -> Iterator[None]:
+    import torch
+
+    with torch.inference_mode():
+        yield
+
+
+@contextmanager
+def _stacks_in_chunks(gguf: ModuleType, lazy_torch: Any) -> Iterator[None]:
+    """Make `torch.stack` of lazy experts a tensor that is read one expert at a time.
+
+    The package stacks the experts of a layer into one tensor. Its writer already knows tensors
+    that are written in chunks (`LazyChunkedTensor`); a stack along dimension 0 is one.
+    """
+    import torch
+
+    class ExpertStack(lazy_torch):  # type: ignore[misc]
+        _tensor_type = torch.Tensor
+
+        def numpy(self) -> Any:
+            parts = self._args[0]
+            chunks = [functools.partial(_part_numpy, part) for part in parts]
+            dtype = lazy_torch._dtype_map[self._meta.dtype]
+            return gguf.LazyChunkedTensor(chunks, tuple(self._meta.shape), dtype)
+
+    original = lazy_torch.__dict__["__torch_function__"]
+
+    def intercept(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = original.__func__(cls, func, types, args, kwargs)
+        along = (kwargs or {}).get("dim", args[1] if len(args) > 1 else 0)
+        if func is torch.stack and along == 0 and isinstance(result, lazy_torch):
+            return ExpertStack(meta=result._meta, args=result._args, kwargs=result._kwargs, func=func)
+        return result
+
+    lazy_torch.__torch_function__ = classmethod(intercept)
+    try:
+        yield
+    finally:
+        lazy_torch.__torch_function__ = original
+
+
+def _part_numpy(part: Any) -> Any:
+    return _evaluate(part).numpy()
+
+
+def _evaluate(node: Any) -> Any:
+    """The value of a lazy tensor, without the package's habit of keeping every value it made."""
+    gguf, _ = packages()
+    if not isinstance(node, gguf.LazyBase):
+        return node
+    if node._data is not None:
+        return node._data
+    arguments = gguf.LazyBase._recurse_apply(node._args, _evaluate)
+    return node._func(*arguments, **node._kwargs)
+
+
+def _lazy(gguf: ModuleType, info: Any) -> LazyTensor:
+    shape, data = tuple(int(n) for n in info.shape), info.tensor
+    if isinstance(data, gguf.LazyChunkedTensor):
+        chunks: tuple[Chunk, ...] = tuple(_checked(load) for load in data._chunks)
+    else:
+        chunks = (_checked(functools.partial(_evaluate, data)),)
+    return LazyTensor(shape, chunks, info.dtype.name)
+
+
+def _checked(load: Callable[[], Any]) -> Chunk:
+    def chunk() -> Array:
+        return np.ascontiguousarray(load())
+
+    return chunk

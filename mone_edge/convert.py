@@ -1,0 +1,309 @@
+"""A checkpoint and a plan -> quantised GGUFs, in one pass over the weights.
+
+In: a `Source`, a `Recipe`, optionally a `PrunePlan` and `ExpertStats`. Out: GGUF files, each with
+its recipe and a model card beside it. All checks that can fail run before a weight is read; no
+intermediate file is written; a pruned expert is never read. Calibrates and plans nothing.
+"""
+
+import os
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from mone_edge import __version__, card, prune, quantize
+from mone_edge.conversion import open_checkpoint, packages
+from mone_edge.errors import MoneEdgeError
+from mone_edge.model_file import LazyTensor, ModelFile
+from mone_edge.plan import PrunePlan
+from mone_edge.quantize import Imatrix
+from mone_edge.recipe import Recipe
+from mone_edge.source import Source
+from mone_edge.stats import ExpertStats
+
+Progress = Callable[[int, int], None]
+EXPERT_TENSOR = "blk.{layer}.ffn_{part}_exps.weight"
+SPARE_BYTES = 64 << 20  # left free on the disk, for what else is being written
+
+
+@dataclass(frozen=True)
+class Converted:
+    """One file that `convert` made (or would make)."""
+
+    outfile: Path
+    files: tuple[Path, ...]  # more than one where it was split
+    outtype: str
+    bytes: int
+    prune_ratio: float  # of experts, as removed
+    experts_kept: tuple[int, ...]  # of each MoE layer
+    seconds: float
+    peak_rss_bytes: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that is known before the first weight is read: one output file type each."""
+
+    outfile: Path
+    outtype: str
+    model: ModelFile  # pruned, with the metadata of this file type
+    types: dict[str, str]  # ggml type of each tensor
+    imatrix: Imatrix | None
+    plan: PrunePlan | None
+
+    @property
+    def data_bytes(self) -> int:
+        return sum(quantize.tensor_bytes(t, self.types[n]) for n, t in self.model.tensors.items())
+
+
+def prepare(
+    source: Source,
+    recipe: Recipe,
+    outfiles: dict[str, Path],
+    *,
+    plan: PrunePlan | None = None,
+    stats: ExpertStats | None = None,
+) -> list[Job]:
+    """Everything that can be refused, refused; everything that can be decided, decided.
+
+    Args:
+        outfiles: file type (canonical name) -> path.
+        plan: None leaves every expert.
+        stats: for novices and, with `--imatrix auto`, the importance matrix.
+
+    Raises:
+        MoneEdgeError: plan or statistics are of another model, or llama.cpp cannot hold the result.
+    """
+    for made in (plan, stats and stats.provenance):
+        if made is not None and made.fingerprint != source.fingerprint:
+            kind = "the plan is" if isinstance(made, PrunePlan) else "the statistics are"
+            raise MoneEdgeError(
+                f"{kind} of {made.model} ({made.fingerprint[:12]}), "
+                f"not of {source.name} ({source.fingerprint[:12]})"
+            )
+    whole = open_checkpoint(source, tokenizer_pre=recipe.tokenizer_pre)
+    imatrix = _imatrix(whole, recipe, stats)
+    model = prune.apply_plan(whole, plan, stats) if plan else whole
+    if plan and imatrix:
+        imatrix = _kept_rows(imatrix, plan)
+    if plan:
+        model = _with_provenance(model, source, recipe)
+    return [
+        replace(_job(source, recipe, model, outtype, outfile, imatrix), plan=plan)
+        for outtype, outfile in outfiles.items()
+    ]
+
+
+def _imatrix(
+    model: ModelFile, recipe: Recipe, stats: ExpertStats | None
+) -> dict[str, Any] | None:
+    if recipe.imatrix == "auto":
+        return quantize.imatrix_from_stats(model, stats) if stats else None
+    return None if recipe.imatrix == "none" else quantize.read_imatrix(Path(recipe.imatrix))
+
+
+def _kept_rows(imatrix: dict[str, Any], plan: PrunePlan) -> dict[str, Any]:
+    kept = dict(imatrix)
+    for layer, ids in plan.kept.items():
+        for part in ("gate", "up", "down", "gate_up"):
+            name = EXPERT_TENSOR.format(layer=layer, part=part)
+            if name in kept and kept[name].ndim == 2:
+                kept[name] = kept[name][list(ids)]
+    return kept
+
+
+def _with_provenance(model: ModelFile, source: Source, recipe: Recipe) -> ModelFile:
+    gguf, _ = packages()
+    value, text = gguf.gguf_writer.GGUFValue, gguf.GGUFValueType.STRING
+    metadata = model.metadata | {
+        "mone.recipe": value(recipe.to_yaml(), text),
+        "mone.tool": value(f"mone-edge {__version__}", text),
+        "mone.base_fingerprint": value(source.fingerprint, text),
+    }
+    metadata.pop("general.size_label", None)  # counts the experts that are gone
+    return replace(model, metadata=metadata)
+
+
+def _job(
+    source: Source,
+    recipe: Recipe,
+    model: ModelFile,
+    outtype: str,
+    outfile: Path,
+    imatrix: Imatrix | None,
+) -> Job:
+    gguf, _ = packages()
+    if outtype in quantize.UNQUANTISED:
+        plain = open_checkpoint(source, dtype=outtype, tokenizer_pre=recipe.tokenizer_pre)
+        types = {
+            name: plain.tensors[name].dtype if name in plain.tensors else tensor.dtype
+            for name, tensor in model.tensors.items()
+        }
+        enum = quantize.UNQUANTISED[outtype]
+    else:
+        types = quantize.tensor_types(
+            model, outtype, overrides=recipe.tensor_type, imatrix=imatrix
+        )
+        enum = f"MOSTLY_{outtype}"
+    number = gguf.gguf_writer.GGUFValue(int(gguf.LlamaFileType[enum]), gguf.GGUFValueType.UINT32)
+    model = replace(model, metadata=model.metadata | {"general.file_type": number})
+    used = None if outtype in quantize.UNQUANTISED else imatrix
+    return Job(outfile, outtype, model, types, used, None)
+
+
+def require_space(jobs: Sequence[Job]) -> None:
+    """Refuse a disk that cannot hold the results.
+
+    Raises:
+        MoneEdgeError: with what is needed and what is free.
+    """
+    folder = jobs[0].outfile.parent
+    needed = sum(job.data_bytes for job in jobs) + SPARE_BYTES
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise MoneEdgeError(
+            f"{folder} has {free / 1e9:.2f} GB free, the result needs {needed / 1e9:.2f} GB; "
+            "name another place with --outfile, or a smaller --outtype"
+        )
+
+
+def working_bytes(jobs: Sequence[Job]) -> int:
+    """Memory that writing needs beyond the program itself: the largest chunk as floats, and its
+    quantised copy (at most as large)."""
+    largest = max(4 * t.elements // len(t.chunks) for job in jobs for t in job.model.tensors.values())
+    return 2 * largest
+
+
+def write(
+    jobs: Sequence[Job],
+    recipe: Recipe,
+    *,
+    split_max_bytes: int = 0,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> list[Converted]:
+    """Write every job's file, all from one read of the weights.
+
+    Nothing appears under its final name before all of it is there.
+
+    Raises:
+        MoneEdgeError: the disk is full, a weight is not finite, or a file cannot be written.
+    """
+    started, count = time.monotonic(), threads or os.cpu_count() or 1
+    report = progress or (lambda done, total: None)
+    require_space(jobs)
+    folder = jobs[0].outfile.parent
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".mone-edge-") as scratch:
+            places = [Path(scratch) / str(i) for i in range(len(jobs))]
+            _write_together(jobs, places, split_max_bytes, count, report)
+            made = [_publish(job, place) for job, place in zip(jobs, places, strict=True)]
+    except OSError as error:
+        raise MoneEdgeError(f"cannot write in {folder}: {error.strerror or error}") from error
+    seconds = time.monotonic() - started
+    results = [_result(job, files, seconds) for job, files in zip(jobs, made, strict=True)]
+    for job, result in zip(jobs, results, strict=True):
+        recipe.save(result.outfile.with_suffix(".recipe.yaml"))
+        card.write(result.outfile, job.plan, recipe, result.bytes)
+    return results
+
+
+def _write_together(
+    jobs: Sequence[Job], places: Sequence[Path], split_max_bytes: int, threads: int, report: Progress
+) -> None:
+    """Tensor by tensor, each into every file, so that the weights are read from disk once."""
+    with ExitStack() as stack:
+        writers = []
+        for job, place in zip(jobs, places, strict=True):
+            place.mkdir()
+            writer = _open_writer(job, place / job.outfile.name, split_max_bytes)
+            stack.callback(writer.close)
+            writers.append(writer)
+        total, done = sum(job.data_bytes for job in jobs), 0
+        for name, tensor in jobs[0].model.tensors.items():
+            for job, writer in zip(jobs, writers, strict=True):
+                pieces = StreamedTensor(name, tensor, job.types[name], job.imatrix, threads)
+                writer.write_tensor_data(pieces)
+                done += pieces.nbytes
+                report(done, total)
+
+
+@dataclass(frozen=True)
+class StreamedTensor:
+    """What gguf's writer sees as an array: it knows its size, and puts itself into a file."""
+
+    name: str
+    tensor: LazyTensor
+    dtype: str
+    imatrix: Imatrix | None
+    threads: int
+
+    @property
+    def nbytes(self) -> int:
+        return quantize.tensor_bytes(self.tensor, self.dtype)
+
+    def tofile(self, file: BinaryIO) -> None:
+        written = 0
+        chunks = quantize.quantized_chunks(
+            self.name, self.tensor, self.dtype, self.imatrix, self.threads
+        )
+        for data in chunks:
+            written += file.write(data.data)
+        if written != self.nbytes:
+            raise MoneEdgeError(
+                f"{self.name} has {written} bytes where its header says {self.nbytes}: "
+                "the checkpoint's tensors do not match its config.json"
+            )
+
+
+def _open_writer(job: Job, path: Path, split_max_bytes: int) -> Any:
+    gguf, _ = packages()
+    writer = gguf.GGUFWriter(path, job.model.arch, split_max_size=split_max_bytes)
+    writer.kv_data[0] = dict(job.model.metadata)
+    for name, tensor in job.model.tensors.items():
+        size, kind = quantize.tensor_bytes(tensor, job.types[name]), job.types[name]
+        writer.add_tensor_info(
+            name, tensor.shape, np.dtype(np.float32), size, gguf.GGMLQuantizationType[kind]
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    return writer
+
+
+def _publish(job: Job, place: Path) -> tuple[Path, ...]:
+    """Move finished files to where they belong."""
+    targets = []
+    for file in sorted(place.iterdir()):
+        target = job.outfile.parent / file.name
+        os.replace(file, target)
+        targets.append(target)
+    return tuple(targets)
+
+
+def _result(job: Job, files: tuple[Path, ...], seconds: float) -> Converted:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return Converted(
+        outfile=files[0],
+        files=files,
+        outtype=job.outtype,
+        bytes=sum(file.stat().st_size for file in files),
+        prune_ratio=round(job.plan.removed_fraction, 6) if job.plan else 0.0,
+        experts_kept=experts_kept(job.model),
+        seconds=round(seconds, 3),
+        peak_rss_bytes=peak if sys.platform == "darwin" else 1024 * peak,
+    )
+
+
+def experts_kept(model: ModelFile) -> tuple[int, ...]:
+    """Experts that the file stores, for each MoE layer."""
+    names = (EXPERT_TENSOR.format(layer=i, part="down") for i in range(model.num_layers))
+    return tuple(model.tensors[name].shape[0] for name in names if name in model.tensors)

@@ -1,0 +1,96 @@
+"""What this machine lacks for the whole road, and the command that mends each lack."""
+
+import importlib.metadata
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+
+from mone_edge import runtime
+from mone_edge.paths import cache_dir
+
+BUILD_TOOLS = {"cmake": "cmake", "g++": "g++", "make": "make"}
+PACKAGES = {"torch": (2, 6), "transformers": (5, 20), "gguf": (0, 17), "safetensors": (0, 5)}
+CACHE_BYTES = 3 << 30  # source tree, build and demo model, with room to work
+MEMORY_BYTES = 2 << 30
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is needed."""
+
+    name: str
+    ok: bool
+    detail: str
+    fix: str = ""
+
+
+def examine() -> list[Finding]:
+    """Look at everything that the commands rely on; changes nothing."""
+    return [
+        _python(),
+        *(_package(name, least) for name, least in PACKAGES.items()),
+        *(_tool(name, package) for name, package in BUILD_TOOLS.items()),
+        _patcher(),
+        _runtime(),
+        _disk(),
+        _memory(),
+    ]
+
+
+def _python() -> Finding:
+    version = ".".join(map(str, sys.version_info[:3]))
+    return Finding("python", sys.version_info >= (3, 11), version, "install Python 3.11 or newer")
+
+
+def _package(name: str, least: tuple[int, int]) -> Finding:
+    wanted = ".".join(map(str, least))
+    fix = f"pip install '{name}>={wanted}'"
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(name, False, "not installed", fix)
+    numbers = tuple(int(part) for part in version.split(".")[:2])
+    return Finding(name, numbers >= least, version, fix)
+
+
+def _tool(name: str, package: str) -> Finding:
+    found = shutil.which(name)
+    needed = not runtime.info().built
+    return Finding(
+        name,
+        bool(found) or not needed,
+        found or ("not found" if needed else "not found; needed only to build again"),
+        f"apt install {package} (or your system's package of that name)",
+    )
+
+
+def _patcher() -> Finding:
+    found = shutil.which("git") or shutil.which("patch")
+    return Finding("git or patch", bool(found), found or "neither found", "apt install git")
+
+
+def _runtime() -> Finding:
+    found = runtime.info()
+    if found.built and found.installed:
+        return Finding("patched llama.cpp", True, f"{found.version} in {found.root}")
+    detail = "built, but not in this environment" if found.built else "not built"
+    return Finding("patched llama.cpp", False, detail, "mone-edge runtime build")
+
+
+def _disk() -> Finding:
+    folder = cache_dir()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    return Finding(
+        "cache disk",
+        free > CACHE_BYTES or runtime.info().built,
+        f"{free / 1e9:.1f} GB free at {folder}",
+        "set MONE_EDGE_CACHE to a folder on a larger disk",
+    )
+
+
+def _memory() -> Finding:
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Finding("memory", total > MEMORY_BYTES, f"{total / 1e9:.1f} GB", "a larger machine")

@@ -1,0 +1,70 @@
+"""ModelFile: what a GGUF will hold, before any weight is read.
+
+The common currency between reading a model (`conversion`), pruning it (`prune`) and writing it
+(`convert`): metadata, and tensors whose values come chunk by chunk when asked for.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float32]
+Chunk = Callable[[], Array]
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor in NumPy's dimension order; each chunk is one slice of dimension 0, or all of it."""
+
+    shape: tuple[int, ...]
+    chunks: tuple[Chunk, ...]  # one, or as many as shape[0]
+    dtype: str = "F32"  # ggml type in an unquantised file
+
+    @property
+    def elements(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    def select(self, rows: Sequence[int]) -> "LazyTensor":
+        """Only these slices of dimension 0, in this order; what is left out is never read."""
+        shape = (len(rows), *self.shape[1:])
+        if len(self.chunks) == self.shape[0]:
+            return replace(self, shape=shape, chunks=tuple(self.chunks[i] for i in rows))
+        whole, index = self.chunks[0], list(rows)
+        return replace(self, shape=shape, chunks=(lambda: np.ascontiguousarray(whole()[index]),))
+
+    def read(self) -> Array:
+        """The whole tensor."""
+        if len(self.chunks) == 1:
+            return self.chunks[0]().reshape(self.shape)
+        return np.stack([chunk() for chunk in self.chunks])
+
+
+def constant(values: Array) -> LazyTensor:
+    """A small tensor that is already there."""
+    return LazyTensor(values.shape, (lambda: values,))
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """A model of one architecture: metadata (gguf's key -> GGUFValue) and tensors by GGUF name."""
+
+    arch: str
+    metadata: dict[str, Any]
+    tensors: dict[str, LazyTensor]
+    module_tensor: Callable[[str], str | None]  # checkpoint module name -> GGUF tensor name
+
+    def value(self, key: str, default: Any = None) -> Any:
+        """A metadata value; `{arch}` in the key is filled in."""
+        entry = self.metadata.get(key.format(arch=self.arch))
+        return default if entry is None else entry.value
+
+    @property
+    def num_experts(self) -> int:
+        return int(self.value("{arch}.expert_count", 0))
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.value("{arch}.block_count", 0))

@@ -1,0 +1,287 @@
+"""Quantising as llama.cpp does it: its type mixture, its C quantisers, its importance matrices.
+
+In: a `ModelFile` and the name of a file type. Out: the type of every tensor, and bytes. Nothing
+of llama-quantize is rewritten: the mixture is what `llama-quantize --dry-run` says of a file that
+has the model's header and no data.
+"""
+
+import ctypes
+import functools
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mone_edge import runtime
+from mone_edge.conversion import UNQUANTISED, packages
+from mone_edge.errors import MoneEdgeError, UsageError
+from mone_edge.model_file import Array, LazyTensor, ModelFile
+from mone_edge.stats import ExpertStats
+
+Imatrix = Mapping[str, Array]  # GGUF tensor name -> [columns] or [experts, columns] mean x^2
+
+ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "F32": "F32"}
+NOT_WRITTEN = {"GUESSED", "NVFP4", "MXFP4_MOE"}  # no quantiser makes these from floats here
+DRY_RUN_LINE = re.compile(
+    r"^\[\s*\d+/\s*\d+\]\s+(\S+)\s+- \[[^]]*\], type =\s*(\w+), size =.*?(?:\((\w+)\))?$", re.M
+)
+ROW_BYTES = 1 << 20  # of float input that a thread quantises at a time
+IMATRIX_ALIGN = 512  # tokens a chunk, as llama-imatrix records it
+
+
+def file_types() -> list[str]:
+    """Names that `--outtype` takes."""
+    from gguf import LlamaFileType
+
+    names = [t.name.removeprefix("MOSTLY_").removeprefix("ALL_") for t in LlamaFileType]
+    return [name for name in names if name not in NOT_WRITTEN]
+
+
+def file_type(name: str) -> str:
+    """The canonical name of a file type.
+
+    Raises:
+        UsageError: llama.cpp has no such type.
+    """
+    wanted = ALIASES.get(name.upper(), name.upper())
+    if wanted not in (known := file_types()):
+        raise UsageError(f"no type {name}; there are {', '.join(known)}")
+    return wanted
+
+
+def tensor_types(
+    model: ModelFile, outtype: str, *, overrides: tuple[str, ...] = (), imatrix: Imatrix | None = None
+) -> dict[str, str]:
+    """The ggml type of each tensor in a file of this type, fall-backs included.
+
+    Args:
+        overrides: "REGEX=TYPE", as llama-quantize's --tensor-type.
+        imatrix: its presence lets very low types through, as in llama-quantize.
+
+    Raises:
+        MoneEdgeError: llama-quantize refuses the model, the type or an override.
+    """
+    if outtype in UNQUANTISED:
+        return {name: tensor.dtype for name, tensor in model.tensors.items()}
+    with tempfile.TemporaryDirectory(prefix="mone-edge-") as folder:
+        header = Path(folder) / "header.gguf"
+        _write_header_only(model, header)
+        command = [str(runtime.tool("llama-quantize")), "--dry-run"]
+        for override in overrides:
+            command += ["--tensor-type", override]
+        if imatrix is not None:
+            write_imatrix(imatrix, Path(folder) / "imatrix.gguf")
+            command += ["--imatrix", str(Path(folder) / "imatrix.gguf")]
+        done = subprocess.run(
+            [*command, str(header), outtype], capture_output=True, text=True, errors="replace"
+        )
+    said = done.stdout + done.stderr
+    types = {m[1]: (m[3] or m[2]).upper() for m in DRY_RUN_LINE.finditer(said)}
+    if done.returncode or types.keys() != model.tensors.keys():
+        raise MoneEdgeError(f"llama-quantize cannot make {outtype} of this model: {_reason(said)}")
+    if "will require an imatrix" in said:
+        raise MoneEdgeError(
+            f"{outtype} needs an importance matrix; leave --imatrix at auto with statistics, "
+            "or name a file"
+        )
+    return types
+
+
+def _reason(said: str) -> str:
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    telling = [line for line in lines if re.search(r"error|fail|invalid|unknown", line, re.I)]
+    return (telling or lines or ["it said nothing"])[0]
+
+
+def _write_header_only(model: ModelFile, path: Path) -> None:
+    """The model's header, followed by a hole of the size of its data (no disk is used)."""
+    gguf, _ = packages()
+    writer = gguf.GGUFWriter(path, model.arch)
+    writer.kv_data[0] = dict(model.metadata)
+    sizes = {name: tensor_bytes(tensor, tensor.dtype) for name, tensor in model.tensors.items()}
+    for name, tensor in model.tensors.items():
+        kind = gguf.GGMLQuantizationType[tensor.dtype]
+        writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), sizes[name], kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.flush()
+    align = writer.data_alignment
+    data = sum(-(-size // align) * align for size in sizes.values())
+    end = writer.fout[0].tell()
+    writer.close()
+    os.truncate(path, -(-end // align) * align + data)
+
+
+@functools.cache
+def _ggml() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(runtime.ggml_library()))
+    library.ggml_quantize_chunk.restype = ctypes.c_size_t
+    library.ggml_quantize_chunk.argtypes = [
+        ctypes.c_int,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        *[ctypes.c_int64] * 3,
+        ctypes.c_void_p,
+    ]
+    return library
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="quantize")
+
+
+def row_bytes(dtype: str, columns: int) -> int:
+    """Bytes of one row of `columns` values in a ggml type."""
+    gguf, _ = packages()
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[dtype]]
+    return int(columns // block * size)
+
+
+def tensor_bytes(tensor: LazyTensor, dtype: str) -> int:
+    """Bytes of a tensor in a ggml type."""
+    columns = tensor.shape[-1]
+    return tensor.elements // columns * row_bytes(dtype, columns)
+
+
+def quantize_rows(
+    values: Array, dtype: str, importance: Array | None, threads: int
+) -> NDArray[np.uint8]:
+    """Quantise a matrix with ggml's own code, rows in parallel.
+
+    Args:
+        values: [rows, columns] float32.
+        importance: [columns] mean of the squared input of each column, or None.
+
+    Returns:
+        The bytes, the same as llama-quantize's for any number of threads.
+    """
+    gguf, _ = packages()
+    kind = gguf.GGMLQuantizationType[dtype]
+    if dtype in UNQUANTISED:
+        return np.ascontiguousarray(gguf.quants.quantize(values, kind)).reshape(-1).view(np.uint8)
+    rows, columns = values.shape
+    size = row_bytes(dtype, columns)
+    out = np.empty(rows * size, dtype=np.uint8)
+    weights = None if importance is None else np.ascontiguousarray(importance, dtype=np.float32)
+    pointer = None if weights is None else weights.ctypes.data
+    step = max(1, ROW_BYTES // (4 * columns))
+
+    def quantize(first: int) -> None:
+        count = min(step, rows - first)
+        source, target = values.ctypes.data + 4 * first * columns, out.ctypes.data + first * size
+        _ggml().ggml_quantize_chunk(int(kind), source, target, 0, count, columns, pointer)
+
+    list(_pool(threads).map(quantize, range(0, rows, step)))
+    return out
+
+
+def quantized_chunks(
+    name: str, tensor: LazyTensor, dtype: str, imatrix: Imatrix | None, threads: int
+) -> Iterator[NDArray[np.uint8]]:
+    """A tensor's bytes in a ggml type, a bounded piece at a time (one expert of a stack).
+
+    Raises:
+        MoneEdgeError: a value is infinite or not a number.
+    """
+    if tensor.dtype not in ("F32", dtype):
+        raise MoneEdgeError(f"{name} is {tensor.dtype} already and cannot become {dtype}")
+    importance = (imatrix or {}).get(name)
+    for index, load in enumerate(tensor.chunks):
+        values = load()
+        if dtype == tensor.dtype:
+            yield values.reshape(-1).view(np.uint8)
+            continue
+        if not np.isfinite(values.sum(dtype=np.float64)) and not np.isfinite(values).all():
+            raise MoneEdgeError(f"{name} holds values that are infinite or not numbers")
+        for piece, row in _matrices(values, index, importance, len(tensor.chunks) > 1):
+            yield quantize_rows(piece.astype(np.float32, copy=False), dtype, row, threads)
+
+
+def _matrices(
+    values: Array, index: int, importance: Array | None, stacked: bool
+) -> Iterator[tuple[Array, Array | None]]:
+    """The matrices of a chunk, each with the importance of its columns."""
+    columns = values.shape[-1]
+    if importance is None or importance.ndim == 1:
+        yield values.reshape(-1, columns), importance
+    elif stacked:
+        yield values.reshape(-1, columns), importance[index]
+    else:
+        for matrix, row in zip(values, importance, strict=True):
+            yield matrix, row
+
+
+def imatrix_from_stats(model: ModelFile, stats: ExpertStats) -> dict[str, Array]:
+    """The importance matrix that calibration measured: mean squared input of every weight column.
+
+    An expert that no token reached weighs all columns alike, as in llama-quantize.
+    """
+    found: dict[str, Array] = {}
+    for module, linear in stats.linears.items():
+        name = model.module_tensor(module)
+        if name in model.tensors and model.tensors[name].shape[-1] == len(linear.input_sq_sum):
+            found[name] = _mean(linear.input_sq_sum, np.array(linear.count))
+    for layer, measured in stats.layers.items():
+        inputs = _mean(measured.input_sq_sum, measured.count[:, None])
+        inner = _mean(measured.inner_sq_sum, measured.count[:, None])
+        found |= {f"blk.{layer}.ffn_{part}_exps.weight": inputs for part in ("gate", "up", "gate_up")}
+        found[f"blk.{layer}.ffn_down_exps.weight"] = inner
+    return {name: values for name, values in found.items() if name in model.tensors}
+
+
+def _mean(total: NDArray[np.float64], count: NDArray[np.int64]) -> Array:
+    ones = np.ones_like(total)
+    return np.divide(total, count, out=ones, where=count > 0).astype(np.float32)
+
+
+def write_imatrix(imatrix: Imatrix, path: Path) -> None:
+    """Write llama.cpp's importance-matrix file (GGUF)."""
+    gguf, _ = packages()
+    writer = gguf.GGUFWriter(path, "")
+    writer.kv_data[0].pop("general.architecture")
+    writer.add_type("imatrix")
+    writer.add_array("imatrix.datasets", ["mone-edge statistics"])
+    writer.add_uint32("imatrix.chunk_count", 1)
+    writer.add_uint32("imatrix.chunk_size", IMATRIX_ALIGN)
+    for name, values in sorted(imatrix.items()):
+        rows = np.atleast_2d(values)
+        writer.add_tensor(f"{name}.in_sum2", np.ascontiguousarray(rows))
+        writer.add_tensor(f"{name}.counts", np.ones((len(rows), 1), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def read_imatrix(path: Path) -> dict[str, Array]:
+    """Read llama.cpp's importance-matrix file (GGUF): mean squared inputs by tensor name.
+
+    Raises:
+        MoneEdgeError: the file is missing, damaged or of the old `.dat` form.
+    """
+    gguf, _ = packages()
+    try:
+        reader = gguf.GGUFReader(path)
+        tensors = {tensor.name: np.array(tensor.data, dtype=np.float64) for tensor in reader.tensors}
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise MoneEdgeError(
+            f"{path} is not an importance matrix in GGUF form ({error}); an old .dat file becomes "
+            f"one with: llama-imatrix --in-file {path} -o imatrix.gguf"
+        ) from error
+    found: dict[str, Array] = {}
+    for name, total in tensors.items():
+        if name.endswith(".in_sum2") and (stem := name.removesuffix(".in_sum2")) + ".counts" in tensors:
+            counts = tensors[f"{stem}.counts"].reshape(-1)
+            mean = _mean(total.reshape(len(counts), -1), counts[:, None].astype(np.int64))
+            found[stem] = mean if len(counts) > 1 else mean[0]
+    if not found:
+        raise MoneEdgeError(f"{path} holds no importance matrix (no tensors ending in .in_sum2)")
+    return found

@@ -1,0 +1,109 @@
+"""The one record of a run: what was asked for, as YAML in and out.
+
+A recipe holds options only (no measurement), so that the same recipe on the same weights gives
+the same file. Knows nothing about how any of it is done.
+"""
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mone_edge.errors import UsageError
+from mone_edge.paths import atomic_write
+
+SCOPES = ("layer", "model")
+REPLACEMENTS = ("mean", "zero", "drop")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Which text the statistics read, and how much of it."""
+
+    data: tuple[str, ...] = ()  # specs; empty: the text that comes with the package
+    samples: int = 128
+    seq_len: int = 2048
+    seed: int = 42
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides what `convert` writes."""
+
+    model: str
+    prune_ratio: float = 0.25  # fraction of experts removed
+    method: str = "mone"
+    scope: str = "layer"
+    replacement: str = "mean"
+    protect: tuple[int, ...] = ()
+    outtype: tuple[str, ...] = ("Q4_K_M",)
+    imatrix: str = "auto"
+    tensor_type: tuple[str, ...] = ()
+    tokenizer_pre: str = ""
+    calibration: Calibration = Calibration()
+
+    def to_yaml(self) -> str:
+        """YAML text; `from_yaml` gives the same recipe back."""
+        import yaml
+
+        return yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False)
+
+    def sha256(self) -> str:
+        return hashlib.sha256(self.to_yaml().encode()).hexdigest()
+
+    def save(self, path: Path) -> None:
+        with atomic_write(path) as temporary:
+            temporary.write_text(self.to_yaml(), encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The options that a recipe file sets, by their names in `Recipe`; others keep defaults.
+
+    Raises:
+        UsageError: the file is missing, is not YAML, or sets an option that does not exist.
+    """
+    import yaml
+
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read recipe {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(document, dict):
+        raise UsageError(f"{path} is not a recipe: it holds no options")
+    calibration = document.get("calibration") or {}
+    if not isinstance(calibration, dict):
+        raise UsageError(f"{path}: calibration is not a group of options")
+    _require_known(path, document, Recipe)
+    _require_known(path, calibration, Calibration, "calibration.")
+    _require_types(path, document, Recipe)
+    _require_types(path, calibration, Calibration, "calibration.")
+    return document
+
+
+def _require_known(path: Path, given: dict[str, Any], kind: Any, prefix: str = "") -> None:
+    known = [f.name for f in dataclasses.fields(kind)]
+    for name in given:
+        if name not in known:
+            raise UsageError(f"{path}: no option {prefix}{name}; there are {', '.join(known)}")
+
+
+def _require_types(path: Path, given: dict[str, Any], kind: Any, prefix: str = "") -> None:
+    for field in dataclasses.fields(kind):
+        value = given.get(field.name)
+        if value is None or field.name == "calibration":
+            continue
+        default = field.default if field.default is not dataclasses.MISSING else ""
+        wanted: Any = (int, float) if isinstance(default, float) else type(default)
+        if wanted is tuple:
+            wanted = (list, tuple)
+        if not isinstance(value, wanted) or isinstance(value, bool):
+            raise UsageError(f"{path}: {prefix}{field.name} cannot be {value!r}")

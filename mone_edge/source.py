@@ -1,0 +1,261 @@
+"""What MODEL is, from headers only: a hub id, a checkpoint folder, a GGUF file, or `demo`.
+
+In: the word the user typed. Out: a `Source` with the folder, the config, an index of tensors
+and a fingerprint of the weights. Knows nothing about statistics or plans; loads no weights.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mone_edge.errors import MoneEdgeError
+
+EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+FINGERPRINT_BYTES = 64  # of each tensor: enough to tell two trainings of one shape apart
+HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(@[\w./-]+)?$")
+HUB_FILES = ("*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja", "*.txt", "README.md")
+MAX_HEADER_BYTES = 100_000_000  # what safetensors itself accepts
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """Where a tensor of a checkpoint lies."""
+
+    file: Path
+    dtype: str  # safetensors' name, as "BF16"
+    shape: tuple[int, ...]
+    offset: int  # bytes from the start of the file
+    size: int  # bytes
+
+
+@dataclass(frozen=True)
+class Source:
+    """A Mixture-of-Experts checkpoint in the Hugging Face format."""
+
+    name: str  # as the user named it
+    path: Path  # its folder
+    config: Mapping[str, Any]
+
+    @property
+    def architecture(self) -> str:
+        """transformers' model_type."""
+        return str(self.config.get("model_type", "?"))
+
+    @property
+    def text_config(self) -> Mapping[str, Any]:
+        """The language model's part of the config (the whole of it for a text-only model)."""
+        nested = self.config.get("text_config")
+        return nested if isinstance(nested, dict) else self.config
+
+    @property
+    def num_experts(self) -> int:
+        """Experts a layer; 0 for a dense model."""
+        return self._integer(EXPERT_COUNT_KEYS)
+
+    @property
+    def top_k(self) -> int:
+        return self._integer(TOP_K_KEYS)
+
+    @property
+    def num_layers(self) -> int:
+        return self._integer(("num_hidden_layers", "n_layers", "num_layers", "n_layer"))
+
+    def _integer(self, keys: tuple[str, ...]) -> int:
+        value = next((self.text_config[k] for k in keys if self.text_config.get(k)), 0)
+        return value if isinstance(value, int) else 0
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorRef]:
+        """Every tensor of the checkpoint, by name.
+
+        Raises:
+            MoneEdgeError: a shard is missing, truncated or not a safetensors file.
+        """
+        found: dict[str, TensorRef] = {}
+        for file in _shards(self.path):
+            found |= _read_header(file)
+        return dict(sorted(found.items()))
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(ref.size for ref in self.tensors.values())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over every tensor's name, type, shape and first bytes: which weights these are."""
+        digest = hashlib.sha256()
+        handles = {ref.file: ref.file.open("rb") for ref in self.tensors.values()}
+        try:
+            for name, ref in self.tensors.items():
+                digest.update(f"{name} {ref.dtype} {ref.shape}\n".encode())
+                handles[ref.file].seek(ref.offset)
+                digest.update(handles[ref.file].read(min(ref.size, FINGERPRINT_BYTES)))
+        finally:
+            for handle in handles.values():
+                handle.close()
+        return digest.hexdigest()
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file starts as a GGUF does."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
+
+
+def resolve(model: str, *, offline: bool = False) -> Source:
+    """Find MODEL, checking all that its headers can tell.
+
+    Args:
+        model: hub id `org/name[@revision]`, checkpoint folder, or `demo`; a local path wins.
+        offline: never ask the network.
+
+    Raises:
+        MoneEdgeError: it is not there, is damaged, or is not a Mixture-of-Experts checkpoint.
+    """
+    path = _locate(model, offline=offline)
+    if path.is_file():
+        kind = "a GGUF" if is_gguf(path) else "a file"
+        raise MoneEdgeError(
+            f"{model} is {kind}, not a checkpoint folder; this command takes a Hugging Face "
+            "checkpoint folder, a hub id or demo"
+        )
+    source = Source(model, path, _read_config(path))
+    if not source.num_experts:
+        raise MoneEdgeError(
+            f"{model} ({source.architecture}) is a dense model: its config.json names no experts "
+            f"({', '.join(EXPERT_COUNT_KEYS)}); there is nothing to prune"
+        )
+    _ = source.tensors
+    return source
+
+
+def _locate(model: str, *, offline: bool) -> Path:
+    path = Path(model).expanduser()
+    if path.exists():
+        return path
+    if model == "demo":
+        from mone_edge import demo
+
+        return demo.model_dir(offline=offline)
+    if HUB_ID.match(model) and not path.suffix == ".gguf":
+        return _download(model, offline=offline)
+    raise MoneEdgeError(
+        f"no model {model}: not a file or folder here, not a hub id (org/name), not the word demo"
+    )
+
+
+def _download(model: str, *, offline: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    repo, _, revision = model.partition("@")
+    try:
+        folder = snapshot_download(
+            repo,
+            revision=revision or None,
+            allow_patterns=list(HUB_FILES),
+            local_files_only=offline,
+        )
+    except GatedRepoError as error:
+        raise MoneEdgeError(
+            f"{repo} is gated: accept its terms on its hub page, then: hf auth login"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise MoneEdgeError(f"{repo} has no revision {revision}") from error
+    except RepositoryNotFoundError as error:
+        raise MoneEdgeError(f"the hub has no model {repo} (or it is private: hf auth login)") from error
+    except LocalEntryNotFoundError as error:
+        why = "--offline was given" if offline else "the hub cannot be reached"
+        raise MoneEdgeError(
+            f"{model} is neither a folder here nor in the hub cache, and {why}"
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise MoneEdgeError(f"cannot fetch {model} from the hub: {reason}") from error
+    return Path(folder)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    config = folder / "config.json"
+    if not config.is_file():
+        raise MoneEdgeError(f"{folder} holds no config.json; it is not a Hugging Face checkpoint")
+    try:
+        document = json.loads(config.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise MoneEdgeError(f"{config} is not readable JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise MoneEdgeError(f"{config} is not a JSON object")
+    return document
+
+
+def _shards(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise MoneEdgeError(f"{index} is damaged: {error!r}") from error
+        if any(not isinstance(name, str) or Path(name).name != name for name in names):
+            raise MoneEdgeError(f"{index} names files outside its folder")
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise MoneEdgeError(
+                f"{folder} lacks {len(missing)} of {len(names)} shards, first {missing[0]}; "
+                "fetch the model again"
+            )
+        return [folder / name for name in names]
+    shards = sorted(folder.glob("model*.safetensors"))
+    if shards:
+        return shards
+    if pickles := sorted(folder.glob("*.bin")):
+        raise MoneEdgeError(
+            f"{folder} holds {pickles[0].name} but no safetensors; pickle files can run code and "
+            "are never opened: convert the checkpoint to safetensors first "
+            "(save_pretrained on a machine you trust with it)"
+        )
+    raise MoneEdgeError(f"{folder} holds no model*.safetensors")
+
+
+def _read_header(file: Path) -> dict[str, TensorRef]:
+    """The tensors of one shard, with the file's length checked against its header."""
+    total = file.stat().st_size
+    with file.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        if total < 8 or length > min(total - 8, MAX_HEADER_BYTES):
+            raise MoneEdgeError(f"{file} is truncated or not safetensors: {total} bytes")
+        try:
+            header = json.loads(handle.read(length))
+            header.pop("__metadata__", None)
+            refs = {
+                name: TensorRef(
+                    file,
+                    str(entry["dtype"]),
+                    tuple(int(n) for n in entry["shape"]),
+                    8 + length + int(entry["data_offsets"][0]),
+                    int(entry["data_offsets"][1]) - int(entry["data_offsets"][0]),
+                )
+                for name, entry in header.items()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise MoneEdgeError(f"{file} has a damaged header: {type(error).__name__}") from error
+    end = max((ref.offset + ref.size for ref in refs.values()), default=0)
+    if end > total or any(ref.size < 0 or ref.offset < 8 for ref in refs.values()):
+        raise MoneEdgeError(
+            f"{file} is truncated: its header promises {end} bytes, it has {total}; fetch it again"
+        )
+    return refs
