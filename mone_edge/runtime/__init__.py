@@ -1,0 +1,258 @@
+"""The patched llama.cpp: fetched by version and digest, patched, built once, found again.
+
+In: the pin and the patches of this project. Out: tools, libraries, the patched source tree (with
+llama.cpp's own converter) and an importable `llama_cpp`. Nothing here knows about models.
+"""
+
+import contextlib
+import importlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from mone_edge.errors import MoneEdgeError, RuntimeMissing, UsageError
+from mone_edge.runtime.compile import compile_tree
+from mone_edge.runtime.install import (
+    PATCH_SYMBOL,
+    exports_patch,
+    install_package,
+    installed_key,
+    make_wheel,
+    package_lib_dir,
+)
+from mone_edge.runtime.layout import TOOLS, Layout, layout, library_name, locked
+from mone_edge.runtime.source import make_source
+
+__all__ = [
+    "RuntimeInfo",
+    "RuntimeMissing",
+    "build",
+    "ggml_library",
+    "info",
+    "llama_library",
+    "load",
+    "prepare_source",
+    "source_tree",
+    "tool",
+]
+
+Progress = Callable[[str], None]
+
+BUILD_HINT = "type: mone-edge runtime build"
+WHEEL_PATTERN = "llama_cpp_python-*.whl"
+
+
+@dataclass(frozen=True)
+class RuntimeInfo:
+    """What there is of the runtime on this machine.
+
+    Attributes:
+        version: of llama-cpp-python, whose llama.cpp is patched.
+        build_key: digest of pin, patches, options and machine.
+        built: whether that very build is complete.
+        patched: whether the library at hand (the built one, else the installed one) is patched.
+        installed: whether `import llama_cpp` gives that very build.
+        root: folder of the build.
+        tools: programs by name, empty if not built.
+        library: the llama library at hand, if any.
+        backend: what the build computes on.
+    """
+
+    version: str
+    build_key: str
+    built: bool
+    patched: bool
+    installed: bool
+    root: Path
+    tools: dict[str, Path]
+    library: Path | None
+    backend: str
+
+
+def info() -> RuntimeInfo:
+    """What is built and installed; reads a few files, starts and loads nothing."""
+    place = layout()
+    built = place.is_built()
+    library = place.library("llama") if built else installed_library()
+    return RuntimeInfo(
+        version=place.version,
+        build_key=place.build_key,
+        built=built,
+        patched=library is not None and exports_patch(library),
+        installed=installed_key() == place.build_key,
+        root=place.root,
+        tools={name: place.bin / name for name in TOOLS} if built else {},
+        library=library,
+        backend="cpu",
+    )
+
+
+def build(
+    *,
+    jobs: int | None = None,
+    backend: str = "cpu",
+    target: str = "native",
+    force: bool = False,
+    offline: bool = False,
+    progress: Progress | None = None,
+) -> RuntimeInfo:
+    """Fetch, patch, compile and install; what has been done before is not done again.
+
+    Args:
+        jobs: compilers at a time, all cores by default.
+        backend: only "cpu" as yet.
+        target: only "native" as yet.
+        force: build anew even if the build is complete.
+        offline: do not download anything.
+        progress: is told, in a few words, what is going on.
+
+    Raises:
+        UsageError: a backend or target that is not supported.
+        MoneEdgeError: a step failed; the message says which, why, and where its log is.
+    """
+    require_supported(backend, target, jobs)
+    report = progress or (lambda _: None)
+    place = layout()
+    with held(place, report):
+        if force and place.root.exists():
+            shutil.rmtree(place.root)
+        if not place.is_built():
+            report("preparing the source of llama.cpp")
+            make_source(place, offline=offline)
+            compile_tree(place, jobs=jobs, progress=report)
+            make_wheel(place)
+            write_marker(place)
+        if installed_key() != place.build_key:
+            report("installing llama-cpp-python")
+            install_package(place, next(place.root.glob(WHEEL_PATTERN)), offline=offline)
+    return info()
+
+
+def prepare_source(*, offline: bool = False, progress: Progress | None = None) -> Path:
+    """The patched llama.cpp tree, fetched and patched if need be; compiles nothing.
+
+    Raises:
+        MoneEdgeError: the source cannot be had, or a patch does not apply.
+    """
+    place = layout()
+    if not place.source.is_dir():
+        report = progress or (lambda _: None)
+        with held(place, report):
+            report("preparing the source of llama.cpp")
+            make_source(place, offline=offline)
+    return place.source
+
+
+def source_tree() -> Path:
+    """The patched llama.cpp tree, with its `conversion/` and `gguf-py/`.
+
+    Raises:
+        RuntimeMissing: it has not been prepared.
+    """
+    source = layout().source
+    if not source.is_dir():
+        raise RuntimeMissing(f"the patched llama.cpp is not here yet; {BUILD_HINT}")
+    return source
+
+
+def tool(name: str) -> Path:
+    """Path of a llama.cpp program, such as "llama-bench".
+
+    Raises:
+        RuntimeMissing: the runtime is not built.
+        MoneEdgeError: the runtime has no such program.
+    """
+    if name not in TOOLS:
+        raise MoneEdgeError(f"no tool {name!r}; there are {', '.join(TOOLS)}")
+    return built_layout().bin / name
+
+
+def ggml_library() -> Path:
+    """The library with ggml's quantisers (`ggml_quantize_chunk`), for ctypes.
+
+    Raises:
+        RuntimeMissing: the runtime is not built.
+    """
+    return built_layout().library("ggml-base")
+
+
+def llama_library() -> Path:
+    """The llama library, for ctypes.
+
+    Raises:
+        RuntimeMissing: the runtime is not built.
+    """
+    return built_layout().library("llama")
+
+
+def load(*, verbose: bool = False) -> ModuleType:
+    """Import `llama_cpp`, checked to be patched; llama.cpp is silent unless `verbose`.
+
+    Raises:
+        RuntimeMissing: it is not installed, or it is not a patched one.
+    """
+    library = installed_library()
+    if library is None:
+        raise RuntimeMissing(f"the patched llama-cpp-python is not installed; {BUILD_HINT}")
+    if not exports_patch(library):
+        raise RuntimeMissing(f"{library.parent.parent} is not a patched llama-cpp-python; {BUILD_HINT}")
+    module = importlib.import_module("llama_cpp")
+    # LLAMA_CPP_LIB_PATH may have led it to another library
+    if not hasattr(importlib.import_module("llama_cpp.llama_cpp")._lib, PATCH_SYMBOL):
+        raise RuntimeMissing("LLAMA_CPP_LIB_PATH names an unpatched llama library; unset it")
+    importlib.import_module("llama_cpp._logger").set_verbose(verbose)
+    return module
+
+
+def installed_library() -> Path | None:
+    """The llama library of the installed llama_cpp, if there is one."""
+    folder = package_lib_dir()
+    library = folder / library_name("llama") if folder else None
+    return library if library and library.is_file() else None
+
+
+def built_layout() -> Layout:
+    """The layout of the complete build.
+
+    Raises:
+        RuntimeMissing: there is none.
+    """
+    place = layout()
+    if not place.is_built():
+        raise RuntimeMissing(f"the patched llama.cpp is not built; {BUILD_HINT}")
+    return place
+
+
+def require_supported(backend: str, target: str, jobs: int | None) -> None:
+    """Refuse what this version cannot build."""
+    if backend != "cpu":
+        raise UsageError(f"backend {backend!r} is not supported yet; there is: cpu")
+    if target != "native":
+        raise UsageError(f"target {target!r} is not supported yet; there is: native")
+    if jobs is not None and jobs < 1:
+        raise UsageError(f"jobs is {jobs}, must be at least 1")
+
+
+@contextlib.contextmanager
+def held(place: Layout, report: Progress) -> Iterator[None]:
+    """Hold the lock of a build; file system errors below it become one clear line."""
+    try:
+        with locked(place.build_key, lambda: report("waiting for another build to end")):
+            yield
+    except OSError as error:
+        raise MoneEdgeError(
+            f"cannot build in {place.root}: {error.strerror or error}; "
+            "MONE_EDGE_CACHE names another folder"
+        ) from error
+
+
+def write_marker(place: Layout) -> None:
+    """Record that the build is complete, and of which files it is made."""
+    files = [*place.bin.iterdir(), *place.lib.iterdir(), *place.root.glob(WHEEL_PATTERN)]
+    names = sorted(file.relative_to(place.root).as_posix() for file in files)
+    temporary = place.marker.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"version": place.version, "files": names}), encoding="utf-8")
+    temporary.replace(place.marker)
