@@ -89,8 +89,10 @@ def run(arguments: list[str]) -> int:
     except Exception as error:
         if os.environ.get("MONE_EDGE_DEBUG"):
             raise
-        _complain(f"unexpected {type(error).__name__}: {_first_line(error)} "
-                  "(MONE_EDGE_DEBUG=1 shows where)")
+        _complain(
+            f"unexpected {type(error).__name__}: {_first_line(error)} "
+            "(MONE_EDGE_DEBUG=1 shows where)"
+        )
         return 1
 
 

@@ -62,7 +62,9 @@ def open_checkpoint(source: Source, *, dtype: str = "F32", tokenizer_pre: str = 
         _require_known_pre(tokenizer_pre, base)
     with _inference(), _stacks_in_chunks(gguf, conversion.LazyTorchTensor):
         try:
-            model = model_class(source.path, gguf.LlamaFileType[UNQUANTISED[dtype]], Path("model.gguf"))
+            model = model_class(
+                source.path, gguf.LlamaFileType[UNQUANTISED[dtype]], Path("model.gguf")
+            )
             if tokenizer_pre:
                 model.get_vocab_base_pre = lambda tokenizer: tokenizer_pre  # noqa: ARG005
             model.prepare_tensors()
@@ -146,7 +148,9 @@ def _stacks_in_chunks(gguf: ModuleType, lazy_torch: Any) -> Iterator[None]:
         result = original.__func__(cls, func, types, args, kwargs)
         along = (kwargs or {}).get("dim", args[1] if len(args) > 1 else 0)
         if func is torch.stack and along == 0 and isinstance(result, lazy_torch):
-            return ExpertStack(meta=result._meta, args=result._args, kwargs=result._kwargs, func=func)
+            return ExpertStack(
+                meta=result._meta, args=result._args, kwargs=result._kwargs, func=func
+            )
         return result
 
     lazy_torch.__torch_function__ = classmethod(intercept)

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mone_edge import __version__, card, prune, quantize
-from mone_edge.conversion import open_checkpoint, packages
+from mone_edge.conversion import UNQUANTISED, open_checkpoint, packages
 from mone_edge.errors import MoneEdgeError
 from mone_edge.model_file import LazyTensor, ModelFile
 from mone_edge.plan import PrunePlan
@@ -82,7 +82,7 @@ def prepare(
     Raises:
         MoneEdgeError: plan or statistics are of another model, or llama.cpp cannot hold the result.
     """
-    for made in (plan, stats and stats.provenance):
+    for made in (plan, stats.provenance if stats else None):
         if made is not None and made.fingerprint != source.fingerprint:
             kind = "the plan is" if isinstance(made, PrunePlan) else "the statistics are"
             raise MoneEdgeError(
@@ -102,9 +102,7 @@ def prepare(
     ]
 
 
-def _imatrix(
-    model: ModelFile, recipe: Recipe, stats: ExpertStats | None
-) -> dict[str, Any] | None:
+def _imatrix(model: ModelFile, recipe: Recipe, stats: ExpertStats | None) -> dict[str, Any] | None:
     if recipe.imatrix == "auto":
         return quantize.imatrix_from_stats(model, stats) if stats else None
     return None if recipe.imatrix == "none" else quantize.read_imatrix(Path(recipe.imatrix))
@@ -141,21 +139,19 @@ def _job(
     imatrix: Imatrix | None,
 ) -> Job:
     gguf, _ = packages()
-    if outtype in quantize.UNQUANTISED:
+    if outtype in UNQUANTISED:
         plain = open_checkpoint(source, dtype=outtype, tokenizer_pre=recipe.tokenizer_pre)
         types = {
             name: plain.tensors[name].dtype if name in plain.tensors else tensor.dtype
             for name, tensor in model.tensors.items()
         }
-        enum = quantize.UNQUANTISED[outtype]
+        enum = UNQUANTISED[outtype]
     else:
-        types = quantize.tensor_types(
-            model, outtype, overrides=recipe.tensor_type, imatrix=imatrix
-        )
+        types = quantize.tensor_types(model, outtype, overrides=recipe.tensor_type, imatrix=imatrix)
         enum = f"MOSTLY_{outtype}"
     number = gguf.gguf_writer.GGUFValue(int(gguf.LlamaFileType[enum]), gguf.GGUFValueType.UINT32)
     model = replace(model, metadata=model.metadata | {"general.file_type": number})
-    used = None if outtype in quantize.UNQUANTISED else imatrix
+    used = None if outtype in UNQUANTISED else imatrix
     return Job(outfile, outtype, model, types, used, None)
 
 
@@ -178,7 +174,9 @@ def require_space(jobs: Sequence[Job]) -> None:
 def working_bytes(jobs: Sequence[Job]) -> int:
     """Memory that writing needs beyond the program itself: the largest chunk as floats, and its
     quantised copy (at most as large)."""
-    largest = max(4 * t.elements // len(t.chunks) for job in jobs for t in job.model.tensors.values())
+    largest = max(
+        4 * t.elements // len(t.chunks) for job in jobs for t in job.model.tensors.values()
+    )
     return 2 * largest
 
 
@@ -217,7 +215,11 @@ def write(
 
 
 def _write_together(
-    jobs: Sequence[Job], places: Sequence[Path], split_max_bytes: int, threads: int, report: Progress
+    jobs: Sequence[Job],
+    places: Sequence[Path],
+    split_max_bytes: int,
+    threads: int,
+    report: Progress,
 ) -> None:
     """Tensor by tensor, each into every file, so that the weights are read from disk once."""
     with ExitStack() as stack:
@@ -284,7 +286,7 @@ def _publish(job: Job, place: Path) -> tuple[Path, ...]:
     targets = []
     for file in sorted(place.iterdir()):
         target = job.outfile.parent / file.name
-        os.replace(file, target)
+        file.replace(target)
         targets.append(target)
     return tuple(targets)
 

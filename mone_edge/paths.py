@@ -27,7 +27,9 @@ def require_writable(target: Path, *, force: bool) -> None:
     if target.is_dir():
         raise MoneEdgeError(f"{target} is a folder; name a file")
     if target.exists() and not force:
-        raise MoneEdgeError(f"{target} exists; add --force to replace it, or name another --outfile")
+        raise MoneEdgeError(
+            f"{target} exists; add --force to replace it, or name another --outfile"
+        )
     folder = target.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -47,7 +49,7 @@ def atomic_write(target: Path) -> Iterator[Path]:
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        os.replace(temporary, target)
+        temporary.replace(target)
     except OSError as error:
         raise MoneEdgeError(f"cannot write {target}: {error.strerror or error}") from error
     finally:

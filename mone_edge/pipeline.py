@@ -70,8 +70,7 @@ def cached_stats(source: Source, calibration: Calibration) -> Path:
     for spec in calibration.data:
         if Path(spec).is_file():
             digest.update(file_sha256(Path(spec)).encode())
-    name = source.path.name if source.name != "demo" else "demo"
-    return cache_dir() / "stats" / f"{name}-{digest.hexdigest()[:16]}.safetensors"
+    return cache_dir() / "stats" / f"{source.label}-{digest.hexdigest()[:16]}.safetensors"
 
 
 def plan_from_stats(recipe: Recipe, stats: ExpertStats, path: Path) -> PrunePlan:
@@ -133,4 +132,3 @@ def _empty_layer(experts: int, width: int, inner: int, *, top_k: int) -> LayerSt
         if f.name not in ("tokens", "top_k", "count")
     }
     return LayerStats(tokens=0, top_k=top_k, count=np.zeros(experts, dtype=np.int64), **arrays)
-

@@ -68,11 +68,16 @@ def _require_fit(model: ModelFile, plan: PrunePlan) -> None:
         if UNSUPPORTED_TENSOR.match(_split(name)[1]):
             raise MoneEdgeError(f"{model.arch} cannot be pruned yet: it holds {name}")
     for layer, count in plan.num_experts.items():
-        if not any(f"blk.{layer}.ffn_{part}_exps.weight" in model.tensors for part in ("up", "gate_up")):
-            raise MoneEdgeError(f"the plan prunes layer {layer}, which holds no experts in this model")
+        if not any(
+            f"blk.{layer}.ffn_{part}_exps.weight" in model.tensors for part in ("up", "gate_up")
+        ):
+            raise MoneEdgeError(
+                f"the plan prunes layer {layer}, which holds no experts in this model"
+            )
         if count != model.num_experts:
             raise MoneEdgeError(
-                f"the plan is for {count} experts in layer {layer}, the model has {model.num_experts}"
+                f"the plan is for {count} experts in layer {layer}, "
+                f"the model has {model.num_experts}"
             )
 
 

@@ -56,7 +56,11 @@ def file_type(name: str) -> str:
 
 
 def tensor_types(
-    model: ModelFile, outtype: str, *, overrides: tuple[str, ...] = (), imatrix: Imatrix | None = None
+    model: ModelFile,
+    outtype: str,
+    *,
+    overrides: tuple[str, ...] = (),
+    imatrix: Imatrix | None = None,
 ) -> dict[str, str]:
     """The ggml type of each tensor in a file of this type, fall-backs included.
 
@@ -215,8 +219,7 @@ def _matrices(
     elif stacked:
         yield values.reshape(-1, columns), importance[index]
     else:
-        for matrix, row in zip(values, importance, strict=True):
-            yield matrix, row
+        yield from zip(values, importance, strict=True)
 
 
 def imatrix_from_stats(model: ModelFile, stats: ExpertStats) -> dict[str, Array]:
@@ -232,7 +235,9 @@ def imatrix_from_stats(model: ModelFile, stats: ExpertStats) -> dict[str, Array]
     for layer, measured in stats.layers.items():
         inputs = _mean(measured.input_sq_sum, measured.count[:, None])
         inner = _mean(measured.inner_sq_sum, measured.count[:, None])
-        found |= {f"blk.{layer}.ffn_{part}_exps.weight": inputs for part in ("gate", "up", "gate_up")}
+        found |= {
+            f"blk.{layer}.ffn_{part}_exps.weight": inputs for part in ("gate", "up", "gate_up")
+        }
         found[f"blk.{layer}.ffn_down_exps.weight"] = inner
     return {name: values for name, values in found.items() if name in model.tensors}
 
@@ -270,7 +275,9 @@ def read_imatrix(path: Path) -> dict[str, Array]:
     gguf, _ = packages()
     try:
         reader = gguf.GGUFReader(path)
-        tensors = {tensor.name: np.array(tensor.data, dtype=np.float64) for tensor in reader.tensors}
+        tensors = {
+            tensor.name: np.array(tensor.data, dtype=np.float64) for tensor in reader.tensors
+        }
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise MoneEdgeError(
             f"{path} is not an importance matrix in GGUF form ({error}); an old .dat file becomes "
@@ -278,7 +285,10 @@ def read_imatrix(path: Path) -> dict[str, Array]:
         ) from error
     found: dict[str, Array] = {}
     for name, total in tensors.items():
-        if name.endswith(".in_sum2") and (stem := name.removesuffix(".in_sum2")) + ".counts" in tensors:
+        if (
+            name.endswith(".in_sum2")
+            and (stem := name.removesuffix(".in_sum2")) + ".counts" in tensors
+        ):
             counts = tensors[f"{stem}.counts"].reshape(-1)
             mean = _mean(total.reshape(len(counts), -1), counts[:, None].astype(np.int64))
             found[stem] = mean if len(counts) > 1 else mean[0]

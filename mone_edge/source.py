@@ -43,6 +43,13 @@ class Source:
     config: Mapping[str, Any]
 
     @property
+    def label(self) -> str:
+        """A short name for files: the folder's, or the hub id's without its owner."""
+        if Path(self.name).expanduser().exists():
+            return self.path.resolve().name
+        return self.name.partition("@")[0].rpartition("/")[2]
+
+    @property
     def architecture(self) -> str:
         """transformers' model_type."""
         return str(self.config.get("model_type", "?"))
@@ -89,7 +96,7 @@ class Source:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over every tensor's name, type, shape and first bytes: which weights these are."""
+        """SHA-256 over the names, types, shapes and first bytes of all tensors."""
         digest = hashlib.sha256()
         handles = {ref.file: ref.file.open("rb") for ref in self.tensors.values()}
         try:
@@ -146,7 +153,7 @@ def _locate(model: str, *, offline: bool) -> Path:
         from mone_edge import demo
 
         return demo.model_dir(offline=offline)
-    if HUB_ID.match(model) and not path.suffix == ".gguf":
+    if HUB_ID.match(model) and path.suffix != ".gguf":
         return _download(model, offline=offline)
     raise MoneEdgeError(
         f"no model {model}: not a file or folder here, not a hub id (org/name), not the word demo"
@@ -178,7 +185,9 @@ def _download(model: str, *, offline: bool) -> Path:
     except RevisionNotFoundError as error:
         raise MoneEdgeError(f"{repo} has no revision {revision}") from error
     except RepositoryNotFoundError as error:
-        raise MoneEdgeError(f"the hub has no model {repo} (or it is private: hf auth login)") from error
+        raise MoneEdgeError(
+            f"the hub has no model {repo} (or it is private: hf auth login)"
+        ) from error
     except LocalEntryNotFoundError as error:
         why = "--offline was given" if offline else "the hub cannot be reached"
         raise MoneEdgeError(
@@ -207,7 +216,9 @@ def _shards(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(
+                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            )
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise MoneEdgeError(f"{index} is damaged: {error!r}") from error
         if any(not isinstance(name, str) or Path(name).name != name for name in names):

@@ -42,7 +42,9 @@ def llama_cpp_convert(source: Source, out: Path, outtype: str) -> Path:
 
 def llama_quantize(float_file: Path, out: Path, outtype: str, *options: str) -> Path:
     tool = str(runtime.tool("llama-quantize"))
-    subprocess.run([tool, *options, str(float_file), str(out), outtype], check=True, capture_output=True)
+    subprocess.run(
+        [tool, *options, str(float_file), str(out), outtype], check=True, capture_output=True
+    )
     return out
 
 
@@ -77,9 +79,11 @@ def test_unpruned_float_file_is_llama_cpps_own(
 
 @pytest.fixture(scope="session")
 def k_quantable(tmp_path_factory: pytest.TempPathFactory) -> Source:
-    """A checkpoint whose widths are multiples of 256 in the experts only: k-quants and fall-backs."""
+    """Widths of 256 in the experts only: k-quants there, fall-backs elsewhere."""
     folder = tmp_path_factory.mktemp("wide") / "model"
-    return resolve(str(tiny.make_checkpoint("qwen3_moe", folder, hidden=64, inner=256, dtype="bfloat16")))
+    return resolve(
+        str(tiny.make_checkpoint("qwen3_moe", folder, hidden=64, inner=256, dtype="bfloat16"))
+    )
 
 
 @pytest.mark.parametrize("outtype", ["Q8_0", "Q4_0", "Q4_K_M", "Q6_K", "IQ4_NL"])

@@ -54,7 +54,9 @@ def assert_same(ours: np.ndarray, oracle: np.ndarray) -> None:
     assert (ours.argmax(-1) == oracle.argmax(-1))[decided].all()
 
 
-def write(source: Source, plan: PrunePlan | None, stats: ExpertStats, path: Path, **extra: Any) -> Path:
+def write(
+    source: Source, plan: PrunePlan | None, stats: ExpertStats, path: Path, **extra: Any
+) -> Path:
     recipe = Recipe(model=source.name, imatrix="none", **extra)
     jobs = convert.prepare(source, recipe, {"F32": path}, plan=plan, stats=stats)
     return convert.write(jobs, recipe)[0].outfile

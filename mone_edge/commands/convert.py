@@ -34,7 +34,9 @@ SIZE = re.compile(r"(\d+)([KMG]?)", re.I)
     "--outtype", multiple=True, default=("Q4_K_M",), show_default=True, metavar="TYPE",
     help="File type, by llama.cpp's name; may be repeated.",
 )  # fmt: skip
-@click.option("--stats", type=click.Path(path_type=Path), help="Statistics, instead of calibrating.")
+@click.option(
+    "--stats", type=click.Path(path_type=Path), help="Statistics, instead of calibrating."
+)
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="A plan to carry out.")
 @calibration_options
 @click.option("--recipe", type=click.Path(path_type=Path), help="Options from a YAML file.")
@@ -50,6 +52,7 @@ SIZE = re.compile(r"(\d+)([KMG]?)", re.I)
 @click.pass_context
 def command(
     ctx: click.Context,
+    /,
     console: Console,
     model: str,
     outfile: str | None,
@@ -83,9 +86,7 @@ def command(
     chosen = _recipe(ctx, source, options, recipe)
     chosen = dataclasses.replace(chosen, outtype=tuple(map(quantize.file_type, chosen.outtype)))
     if plan:
-        chosen = dataclasses.replace(
-            chosen, **{name: getattr(plan, name) for name in PLAN_FIELDS}
-        )
+        chosen = dataclasses.replace(chosen, **{name: getattr(plan, name) for name in PLAN_FIELDS})
     outfiles = _outfiles(source, chosen, outfile)
     for path in outfiles.values():
         require_writable(path, force=force)
@@ -117,7 +118,11 @@ def _recipe(
         given = ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
         chosen = options[name] if given or where.get(name) is None else where[name]
         is_list = name in ("data", "outtype", "tensor_type")
-        return tuple([chosen] if is_list and isinstance(chosen, str) else chosen) if is_list else chosen
+        return (
+            tuple([chosen] if is_list and isinstance(chosen, str) else chosen)
+            if is_list
+            else chosen
+        )
 
     calibration = recipes.Calibration(
         **{f.name: value(f.name, nested) for f in dataclasses.fields(recipes.Calibration)}
@@ -127,12 +132,13 @@ def _recipe(
     protect = value("protect", saved)
     if isinstance(protect, str):
         protect = parse_layers(protect, range(source.num_layers))
-    return recipes.Recipe(model=source.name, protect=tuple(protect), calibration=calibration, **fields)
+    return recipes.Recipe(
+        model=source.name, protect=tuple(protect), calibration=calibration, **fields
+    )
 
 
 def _outfiles(source: "Source", recipe: "Recipe", template: str | None) -> dict[str, Path]:
-    name = source.path.name if source.name != "demo" else "demo"
-    template = template or f"{name}-MoNE{recipe.prune_ratio:g}-{{ftype}}.gguf"
+    template = template or f"{source.label}-MoNE{recipe.prune_ratio:g}-{{ftype}}.gguf"
     if len(recipe.outtype) > 1 and "{ftype}" not in template:
         raise UsageError(f"{len(recipe.outtype)} types need {{ftype}} in --outfile {template}")
     return {t: Path(template.replace("{ftype}", t)) for t in recipe.outtype}
@@ -142,7 +148,8 @@ def _bytes(text: str) -> int:
     match = SIZE.fullmatch(text)
     if not match:
         raise UsageError(f"--split-max-size {text} is not a number with K, M or G behind it")
-    return int(match[1]) * 1000 ** ("", "K", "M", "G").index(match[2].upper())
+    factor: int = 1000 ** ("", "K", "M", "G").index(match[2].upper())
+    return int(match[1]) * factor
 
 
 def _decide(
@@ -243,8 +250,8 @@ def _tell(console: Console, made: "list[Converted]") -> None:
         for file in made
     ]
     lines = [
-        f"{file.outfile}: {human_bytes(file.bytes)}, {file.prune_ratio:.1%} of the experts removed, "
-        f"written in {file.seconds:.1f} s"
+        f"{file.outfile}: {human_bytes(file.bytes)}, {file.prune_ratio:.1%} of the experts "
+        f"removed, written in {file.seconds:.1f} s"
         for file in made
     ]
     console.result(documents[0] if len(documents) == 1 else documents, "\n".join(lines))

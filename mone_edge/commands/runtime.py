@@ -1,8 +1,14 @@
 """`mone-edge runtime`: build the patched llama.cpp, or tell what is built."""
 
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
 import click
 
 from mone_edge.console import Console, common_options, force_option, offline_option
+
+if TYPE_CHECKING:
+    from mone_edge.runtime import RuntimeInfo
 
 
 @click.group("runtime")
@@ -13,7 +19,9 @@ def command() -> None:
 @command.command("build")
 @click.option("--backend", default="cpu", show_default=True)
 @click.option("--target", default="native", show_default=True)
-@click.option("--jobs", "-j", type=click.IntRange(1), help="Compilers at a time [default: all cores]")
+@click.option(
+    "--jobs", "-j", type=click.IntRange(1), help="Compilers at a time [default: all cores]"
+)
 @force_option
 @offline_option
 @common_options
@@ -46,11 +54,8 @@ def info(console: Console) -> None:
     _tell(console, runtime.info())
 
 
-def _tell(console: Console, found: object) -> None:
-    import dataclasses
-
-    fields = dataclasses.asdict(found)  # type: ignore[call-overload]
-    document = {key: _plain(value) for key, value in fields.items()}
+def _tell(console: Console, found: "RuntimeInfo") -> None:
+    document: dict[str, Any] = {k: _plain(v) for k, v in dataclasses.asdict(found).items()}
     lines = [f"{key}: {value}" for key, value in document.items() if key != "tools"]
     lines += [f"{name}: {path}" for name, path in document["tools"].items()]
     console.result(document, "\n".join(lines))

@@ -47,7 +47,12 @@ def command(
     calibration = Calibration(data, samples, seq_len, seed)
     with console.progress("calibrating", "seq") as progress:
         stats = pipeline.calibrate(
-            source, calibration, device=device, offline=offline, progress=progress, warn=console.warn
+            source,
+            calibration,
+            device=device,
+            offline=offline,
+            progress=progress,
+            warn=console.warn,
         )
     stats.save(outfile)
     document = {
