@@ -49,13 +49,15 @@ class Batches:
     requested_samples: int
     requested_seq_len: int
     available_tokens: int  # in all sources together
+    unused: tuple[str, ...] = ()  # sources too short for one sequence of their own
 
     @property
     def short(self) -> str:
         """What was asked for and could not be had, in numbers; empty if nothing was missing."""
         samples, seq_len = self.tokens.shape
         if (samples, seq_len) == (self.requested_samples, self.requested_seq_len):
-            return ""
+            names = ", ".join(self.unused)
+            return names and f"--data {names}: unused, less than one sequence of {seq_len} tokens"
         return (
             f"the calibration text has {self.available_tokens:,} tokens: using {samples} sequences "
             f"of {seq_len}, not {self.requested_samples} of {self.requested_seq_len}; add --data"
@@ -103,7 +105,9 @@ def load(
         )
     tokens = _pack(streams, samples, seq_len, seed)
     sha256 = hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest()
-    return Batches(tokens, names, sha256, seed, samples, seq_len, available)
+    length = tokens.shape[1]
+    unused = [n for n, s in zip(names, streams, strict=True) if len(s) < length == seq_len]
+    return Batches(tokens, names, sha256, seed, samples, seq_len, available, tuple(unused))
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -185,10 +189,10 @@ def _documents(spec: str, tokenizer: Any, enough: int, offline: bool) -> Iterato
 def _file_documents(path: Path, tokenizer: Any, characters: int) -> Iterator[str]:
     try:
         if path.suffix not in (".jsonl", ".ndjson"):
-            with path.open(encoding="utf-8") as file:
+            with path.open(encoding="utf-8-sig") as file:
                 yield file.read(characters)
             return
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield _record_text(

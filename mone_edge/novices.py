@@ -132,29 +132,40 @@ def _output_width(module: Any) -> int:
 def _drop(model: Any, name: str, experts: Any, kept: tuple[int, ...]) -> None:
     """Cut a block to its kept experts: expert parameters, router rows, counts.
 
-    In the block and its direct children (the router among them), every parameter or buffer whose
-    first dimension is the number of experts is sliced, which covers gate weights, gate biases and
-    correction biases of any name. A router that groups its experts cannot be cut.
+    In the block, its experts and its router (everything but shared experts), every parameter or
+    buffer with one row (or, if it is a single row, one column) per expert is sliced: gate weights,
+    gate biases and correction biases of any name. A router that groups its experts cannot be cut.
     """
     total = len(experts.down_proj)
     block = model.get_submodule(name.rpartition(".")[0])
-    for owner in (block, *block.children()):
+    owners = [module for key, module in block.named_modules() if "shared" not in key]
+    for owner in owners:
         if getattr(owner, "n_group", None) not in (None, 0, 1):
             raise MoneEdgeError(f"{name}: group-limited routing cannot drop experts; use mean")
         _keep_rows(owner, total, list(kept))
-        for attribute in ("num_experts", "n_routed_experts", "out_features"):
-            if getattr(owner, attribute, None) == total:
+        for attribute, value in list(vars(owner).items()):
+            counts = "expert" in attribute or attribute == "out_features"
+            if counts and type(value) is int and value == total:
                 setattr(owner, attribute, len(kept))
 
 
 def _keep_rows(module: Any, total: int, kept: list[int]) -> None:
-    """Slice the module's own tensors that have one row per expert."""
+    """Slice the module's own tensors that have one row or column per expert."""
     from torch import nn
 
     for name, parameter in list(module.named_parameters(recurse=False)):
-        if len(parameter) == total:
-            rows = parameter.data[kept].clone()
+        rows = _kept(parameter.data, total, kept)
+        if rows is not None:
             setattr(module, name, nn.Parameter(rows, requires_grad=False))
     for name, buffer in list(module.named_buffers(recurse=False)):
-        if buffer.ndim and len(buffer) == total:
-            setattr(module, name, buffer[kept].clone())
+        rows = _kept(buffer, total, kept)
+        if rows is not None:
+            setattr(module, name, rows)
+
+
+def _kept(tensor: "Tensor", total: int, kept: list[int]) -> "Tensor | None":
+    if tensor.ndim and len(tensor) == total:
+        return tensor[kept].clone()
+    if tuple(tensor.shape) == (1, total):
+        return tensor[:, kept].clone()
+    return None

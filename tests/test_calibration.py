@@ -70,6 +70,14 @@ def test_several_sources_share_the_samples(tokenizer: Any, text: str, tmp_path: 
     assert batches.specs == (text, str(small))
 
 
+def test_a_source_without_one_sequence_is_told(tokenizer: Any, text: str, tmp_path: Path) -> None:
+    tiny = tmp_path / "tiny.txt"
+    tiny.write_text("one cart")
+    batches = load([text, str(tiny)], tokenizer, samples=4, seq_len=32)
+    assert batches.unused == (str(tiny),)
+    assert "tiny.txt: unused, less than one sequence of 32 tokens" in batches.short
+
+
 def test_shares_are_even_and_complete() -> None:
     assert calibration._shares([10, 10], 6) == [3, 3]
     assert calibration._shares([1, 10, 10], 7) == [1, 3, 3]

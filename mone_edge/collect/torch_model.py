@@ -151,7 +151,7 @@ def _observe_linears(model: Any, *, record: bool) -> Iterator[dict[str, LinearAc
     sums: dict[str, LinearAccumulator] = {}
     handles = []
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear) or _inside_experts(name):
+        if not isinstance(module, nn.Linear) or _inside_experts_or_router(name):
             continue
         if record:
             sums[name] = LinearAccumulator()
@@ -165,9 +165,9 @@ def _observe_linears(model: Any, *, record: bool) -> Iterator[dict[str, LinearAc
             handle.remove()
 
 
-def _inside_experts(name: str) -> bool:
+def _inside_experts_or_router(name: str) -> bool:
     parts = name.split(".")
-    return "experts" in parts or parts[-1] in ("gate", "router")
+    return not {"experts", "gate", "router"}.isdisjoint(parts)
 
 
 def _recorder(sums: LinearAccumulator) -> Callable[[nn.Module, tuple[Any, ...]], None]:
