@@ -26,8 +26,8 @@ from mone_edge.scoring import Progress, silent
 
 ROUTED = "ffn_moe_topk-"  # llama.cpp's name of the chosen expert ids of a block
 HIT_RATIO_TOKENS = 2048
-CHUNK_TOKENS = 512
-POLL_SECONDS = 0.02
+CHUNK_TOKENS = 256  # bounds the logits of a large vocabulary, which are not needed
+MAX_POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -128,15 +128,17 @@ def run_llama_bench(path: Path, options: Sequence[str]) -> Run:
 def _run_measured(command: Sequence[str], out: IO[bytes], err: IO[bytes]) -> tuple[int, int]:
     """Exit status and peak resident bytes of a process.
 
-    Linux: VmHWM, sampled, because `ru_maxrss` of a child starts at the memory of its parent.
-    Elsewhere `ru_maxrss` of the children so far.
+    Linux: VmHWM, sampled, because `ru_maxrss` of a child starts at the memory of its parent; the
+    pause grows with the run, so the last look is never earlier than 90 % of it. Elsewhere
+    `ru_maxrss` of the children so far.
     """
     peak = 0
+    start = time.monotonic()
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
     try:
         while process.poll() is None:
             peak = max(peak, _high_water_bytes(process.pid))
-            time.sleep(POLL_SECONDS)
+            time.sleep(min(MAX_POLL_SECONDS, (time.monotonic() - start) / 10))
     finally:
         if process.returncode is None:
             process.kill()
@@ -231,7 +233,7 @@ def novice_hit_ratio(path: Path, text: str | None = None, *, threads: int | None
     """Share of routed slots (token, layer, one of top_k) that hit a novice on a text.
 
     Args:
-        text: its first 2048 tokens are read, in chunks of 512; None takes the evaluation text of
+        text: its first 2048 tokens are read, in chunks of 256; None takes the evaluation text of
             the package.
 
     Raises:
@@ -245,8 +247,8 @@ def novice_hit_ratio(path: Path, text: str | None = None, *, threads: int | None
             return 0.0
         ids = model.token_ids(text or _default_text())[:HIT_RATIO_TOKENS]
         for start in range(0, len(ids), CHUNK_TOKENS):
-            chunk = ids[start : start + CHUNK_TOKENS]
-            model.logits(chunk, len(chunk))
+            # All logits are asked for: a position without output does not reach the last layer.
+            model.logits(ids[start : start + CHUNK_TOKENS])
     return counter.ratio
 
 
