@@ -8,6 +8,7 @@ import contextlib
 import importlib
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,9 @@ Progress = Callable[[str], None]
 
 BUILD_HINT = "type: mone-edge runtime build"
 WHEEL_PATTERN = "llama_cpp_python-*.whl"
+
+# the library holds only a pointer to it
+_log_callback: object = None
 
 
 @dataclass(frozen=True)
@@ -198,13 +202,33 @@ def load(*, verbose: bool = False) -> ModuleType:
     if library is None:
         raise RuntimeMissing(f"the patched llama-cpp-python is not installed; {BUILD_HINT}")
     if not exports_patch(library):
-        raise RuntimeMissing(f"{library.parent.parent} is not a patched llama-cpp-python; {BUILD_HINT}")
+        raise RuntimeMissing(
+            f"{library.parent.parent} is not a patched llama-cpp-python; {BUILD_HINT}"
+        )
     module = importlib.import_module("llama_cpp")
     # LLAMA_CPP_LIB_PATH may have led it to another library
     if not hasattr(importlib.import_module("llama_cpp.llama_cpp")._lib, PATCH_SYMBOL):
         raise RuntimeMissing("LLAMA_CPP_LIB_PATH names an unpatched llama library; unset it")
-    importlib.import_module("llama_cpp._logger").set_verbose(verbose)
+    set_log(module, verbose=verbose)
     return module
+
+
+def set_log(module: ModuleType, *, verbose: bool) -> None:
+    """Send llama.cpp's log to stderr or nowhere.
+
+    llama-cpp-python's own switch takes warnings for errors, and errors for debug output.
+    """
+    global _log_callback
+    _log_callback = module.llama_log_callback(_show if verbose else _drop)
+    module.llama_log_set(_log_callback, None)
+
+
+def _show(_level: int, text: bytes, _user_data: object) -> None:
+    sys.stderr.write(text.decode("utf-8", "replace"))
+
+
+def _drop(_level: int, _text: bytes, _user_data: object) -> None:
+    pass
 
 
 def installed_library() -> Path | None:

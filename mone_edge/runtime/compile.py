@@ -50,11 +50,10 @@ def configure_command(layout: Layout, toolchain: Toolchain) -> list[str]:
 
 def build_command(layout: Layout, toolchain: Toolchain, jobs: int | None) -> list[str]:
     """The cmake command that compiles the libraries and tools, and nothing else."""
-    workers = jobs or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else jobs
-    parallel = str(workers or os.cpu_count() or 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return [
         toolchain.cmake, "--build", str(layout.build), "--config", "Release",
-        "--parallel", parallel, "--target", "llama", "mtmd", *TOOLS,
+        "--parallel", str(jobs or cores or 1), "--target", "llama", "mtmd", *TOOLS,
     ]  # fmt: skip
 
 

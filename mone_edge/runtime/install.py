@@ -12,7 +12,6 @@ import importlib.metadata
 import importlib.util
 import json
 import mmap
-import sys
 import sysconfig
 import zipfile
 from pathlib import Path
@@ -31,9 +30,10 @@ TAG_NAME = "mone-edge.json"
 def exports_patch(library: Path) -> bool:
     """Whether a llama library file is a patched one, without loading it."""
     try:
-        with library.open("rb") as handle, mmap.mmap(
-            handle.fileno(), 0, access=mmap.ACCESS_READ
-        ) as content:
+        with (
+            library.open("rb") as handle,
+            mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        ):
             return content.find(PATCH_SYMBOL.encode() + b"\0") >= 0
     except (OSError, ValueError):
         return False
@@ -142,5 +142,3 @@ def write_file(archive: zipfile.ZipFile, name: str, content: bytes) -> str:
     archive.writestr(name, content)
     digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
     return f"{name},sha256={digest},{len(content)}\n"
-
-

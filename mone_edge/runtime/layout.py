@@ -57,7 +57,8 @@ CMAKE_OPTIONS = {
 
 # the instruction sets that a native build may use; other CPU flags change with the kernel
 ISA_PREFIXES = (
-    "sse", "ssse", "avx", "amx", "fma", "f16c", "bmi", "asimd", "sve", "sme", "i8mm", "bf16", "fphp",
+    "sse", "ssse", "avx", "amx", "fma", "f16c", "bmi",
+    "asimd", "sve", "sme", "i8mm", "bf16", "fphp",
 )  # fmt: skip
 
 

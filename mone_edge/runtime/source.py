@@ -31,6 +31,8 @@ def make_source(layout: Layout, *, offline: bool) -> None:
     upstream = read_upstream()
     archive = fetch_sdist(upstream, offline=offline)
     layout.root.mkdir(parents=True, exist_ok=True)
+    for abandoned in layout.root.glob(".unpack-*"):
+        shutil.rmtree(abandoned, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=layout.root, prefix=".unpack-") as folder:
         unpacked = Path(folder)
         extract(archive, unpacked, (upstream.tree, *PYTHON_PARTS))
