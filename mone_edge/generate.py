@@ -109,7 +109,7 @@ class Generator:
         Raises:
             MoneEdgeError: the prompt does not fit into the context.
         """
-        ids = self._llama.tokenize(prompt.encode("utf-8"), special=True)
+        ids = self._llama.tokenize(prompt.encode("utf-8", "surrogateescape"), special=True)
         self._require_room(len(ids))
         events = self._llama.create_completion(
             ids, max_tokens=max_tokens, temperature=temperature, stream=True

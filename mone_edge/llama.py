@@ -98,6 +98,8 @@ class GgufModel:
         n_ctx: tokens of context to reserve at once; it grows when a sequence needs more.
         threads: None uses every processor.
         watcher: sees tensors of every decoded batch (slower: the graph runs piecewise).
+        exact: keep keys and values in F32 and use plain attention, to compare with torch; the
+            default is llama.cpp's own (F16, flash attention), as models run in use.
 
     Raises:
         MoneEdgeError: the file is missing, damaged, or llama.cpp refuses it (with its reason).
@@ -111,6 +113,7 @@ class GgufModel:
         n_ctx: int = 512,
         threads: int | None = None,
         watcher: TensorWatcher | None = None,
+        exact: bool = False,
     ) -> None:
         check_gguf(path)
         from mone_edge import runtime
@@ -119,6 +122,7 @@ class GgufModel:
         self._api: Any = runtime.load().llama_cpp
         self._threads = threads or default_threads()
         self._watcher = watcher
+        self._exact = exact
         self._failure: BaseException | None = None
         self._eval_callback = self._make_eval_callback() if watcher else None
         self._context: Any = None
@@ -249,6 +253,9 @@ class GgufModel:
         params.n_seq_max = self._sequences
         params.kv_unified = True
         params.n_threads = params.n_threads_batch = self._threads
+        if self._exact:
+            params.type_k = params.type_v = self._api.GGML_TYPE_F32
+            params.flash_attn_type = self._api.LLAMA_FLASH_ATTN_TYPE_DISABLED
         if self._eval_callback:
             params.cb_eval = self._eval_callback
         listen(self._api, self._log)

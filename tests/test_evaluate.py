@@ -142,6 +142,17 @@ def test_checkpoint_and_its_gguf_score_alike(files: Files) -> None:
     assert gguf["file_bytes"] == files.whole.stat().st_size
 
 
+def test_exact_scores_are_torchs(files: Files) -> None:
+    with GgufModel(files.whole, threads=1, exact=True) as model:
+        score, divergence = score_text(
+            model, tiny.TEXT * 2, n_ctx=N_CTX, base=TorchModel.open(files.folder)
+        )
+    assert divergence is not None
+    assert score.ppl == pytest.approx(divergence.ppl_base, rel=1e-5)
+    assert abs(divergence.kld_mean) < 1e-6
+    assert divergence.same_top_p == 1
+
+
 def test_a_checkpoint_does_not_diverge_from_its_gguf(files: Files) -> None:
     result = evaluate(
         [files.folder], text=files.text, kld_base=files.whole, n_ctx=N_CTX, threads=1
@@ -187,9 +198,9 @@ def test_choices_are_as_likely_as_in_plain_torch(files: Files) -> None:
     for context, choices in ITEMS:
         oracle = [torch_log_likelihood(files.folder, context, choice) for choice in choices]
         item = TaskItem("bridge", context, choices, 0)
-        with GgufModel(files.whole, threads=1) as model:
-            assert log_likelihoods(model, item)[0] == pytest.approx(oracle, rel=1e-3)
-        assert log_likelihoods(in_torch, item)[0] == pytest.approx(oracle, rel=1e-4)
+        with GgufModel(files.whole, threads=1, exact=True) as model:
+            assert log_likelihoods(model, item)[0] == pytest.approx(oracle, rel=1e-5)
+        assert log_likelihoods(in_torch, item)[0] == pytest.approx(oracle, rel=1e-5)
 
 
 def test_accuracy_follows_the_likelihoods(files: Files, tmp_path: Path) -> None:

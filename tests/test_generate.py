@@ -16,7 +16,7 @@ from mone_edge.recipe import Recipe
 from tests import tiny
 from tests.conftest import Calibrated
 
-PROMPT = "The river left the mountains"
+PROMPT = "Years later nobody"
 
 
 @pytest.fixture(scope="module")
