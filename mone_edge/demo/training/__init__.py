@@ -1,0 +1,1 @@
+"""How the demo model was made: text, layer-wise routers, distillation. Not needed to use it."""
