@@ -66,7 +66,7 @@ def open_checkpoint(source: Source, *, dtype: str = "F32", tokenizer_pre: str = 
                 source.path, gguf.LlamaFileType[UNQUANTISED[dtype]], Path("model.gguf")
             )
             if tokenizer_pre:
-                model.get_vocab_base_pre = lambda tokenizer: tokenizer_pre  # noqa: ARG005
+                model.get_vocab_base_pre = lambda tokenizer: tokenizer_pre
             model.prepare_tensors()
             _prepare_metadata(model, source)
         except MoneEdgeError:

@@ -251,7 +251,6 @@ def write_imatrix(imatrix: Imatrix, path: Path) -> None:
     """Write llama.cpp's importance-matrix file (GGUF)."""
     gguf, _ = packages()
     writer = gguf.GGUFWriter(path, "")
-    writer.kv_data[0].pop("general.architecture")
     writer.add_type("imatrix")
     writer.add_array("imatrix.datasets", ["mone-edge statistics"])
     writer.add_uint32("imatrix.chunk_count", 1)

@@ -49,8 +49,9 @@ def llama_quantize(float_file: Path, out: Path, outtype: str, *options: str) -> 
 
 
 def tensors(path: Path) -> dict[str, tuple[str, list[int], bytes]]:
+    """Type, shape (llama-quantize does not store dimensions of 1) and bytes of each tensor."""
     return {
-        t.name: (t.tensor_type.name, [int(n) for n in t.shape], t.data.tobytes())
+        t.name: (t.tensor_type.name, [int(n) for n in t.shape if n > 1], t.data.tobytes())
         for t in GGUFReader(path).tensors
     }
 

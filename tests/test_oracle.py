@@ -41,7 +41,7 @@ def torch_logits(
 
 
 def llama_logits(gguf: Path, tokens: np.ndarray) -> np.ndarray:
-    with GgufModel(gguf) as model:
+    with GgufModel(gguf, exact=True) as model:
         return np.asarray(model.logits([int(t) for t in tokens]))
 
 
