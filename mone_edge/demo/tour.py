@@ -94,7 +94,9 @@ def main(folder: Path) -> None:
     result = table(HEADERS, (row.cells() for row in rows))
     (folder / "table.md").write_text(result + "\n", encoding="utf-8")
     click.echo(f"\n{result}\n\nFiles, recipes and model cards: {folder.resolve()}")
-    click.echo(f"Done in {time.monotonic() - started:.0f} s. Talk to one: mone-edge run --chat {files[1]}")
+    click.echo(
+        f"Done in {time.monotonic() - started:.0f} s. Talk to one: mone-edge run --chat {files[1]}"
+    )
 
 
 def _mone_edge(*arguments: str, show: bool = False) -> str:
