@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CORRECTIONS = Path(__file__).parent / "corrections.safetensors"
-CORRECTIONS_SHA256 = ""
-TENSORS_SHA256 = ""
+CORRECTIONS_SHA256 = "98bad138388eeb6f83a5f5cd7a054e2dfd38b7cec616ff5bf23d645f4575ea21"
+TENSORS_SHA256 = "9c5e1276c705196648938fd57281fa23454cb93ab2c47171f391d14a866bccd7"
 
 EXPERTS = 24
 EXPERT_WIDTH = 32

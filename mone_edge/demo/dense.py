@@ -82,6 +82,8 @@ def build_folder(target: Path, fill: Callable[[Path], None]) -> Path:
     try:
         fill(temporary)
         temporary.chmod(0o755)
+        for file in temporary.iterdir():
+            file.chmod(0o644)
         try:
             temporary.replace(target)
         except OSError:
