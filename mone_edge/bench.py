@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mone_edge.errors import MoneEdgeError, UsageError
-from mone_edge.evaluate import file_bytes
+from mone_edge.evaluate import file_bytes, read_text
 from mone_edge.llama import GgufModel, check_gguf
 from mone_edge.scoring import Progress, silent
 
@@ -255,4 +255,4 @@ def novice_hit_ratio(path: Path, text: str | None = None, *, threads: int | None
 def _default_text() -> str:
     from mone_edge import demo
 
-    return str(demo.evaluation_text())
+    return read_text(demo.evaluation_text())

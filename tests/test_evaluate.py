@@ -283,7 +283,7 @@ def test_kl_divergence_is_its_definition() -> None:
 
 def test_short_text_names_the_numbers() -> None:
     with pytest.raises(MoneEdgeError, match=r"31 tokens.* at least 32 .*--ctx-size 15"):
-        chunk_ids(Uniform(), "x" * 31, 16, None)
+        chunk_ids(Uniform(), "x" * 31 + "\n", 16, None)
 
 
 def test_different_tokenizers_are_refused() -> None:
