@@ -24,7 +24,7 @@ from mone_edge.runtime.install import (
     make_wheel,
     package_lib_dir,
 )
-from mone_edge.runtime.layout import TOOLS, Layout, layout, library_name, locked
+from mone_edge.runtime.layout import TOOLS, Layout, current_layout, library_name, locked
 from mone_edge.runtime.source import make_source
 
 __all__ = [
@@ -78,7 +78,7 @@ class RuntimeInfo:
 
 def info() -> RuntimeInfo:
     """What is built and installed; reads a few files, starts and loads nothing."""
-    place = layout()
+    place = current_layout()
     built = place.is_built()
     library = place.library("llama") if built else installed_library()
     return RuntimeInfo(
@@ -119,7 +119,7 @@ def build(
     """
     require_supported(backend, target, jobs)
     report = progress or (lambda _: None)
-    place = layout()
+    place = current_layout()
     with held(place, report):
         if force and place.root.exists():
             shutil.rmtree(place.root)
@@ -141,7 +141,7 @@ def prepare_source(*, offline: bool = False, progress: Progress | None = None) -
     Raises:
         MoneEdgeError: the source cannot be had, or a patch does not apply.
     """
-    place = layout()
+    place = current_layout()
     if not place.source.is_dir():
         report = progress or (lambda _: None)
         with held(place, report):
@@ -156,7 +156,7 @@ def source_tree() -> Path:
     Raises:
         RuntimeMissing: it has not been prepared.
     """
-    source = layout().source
+    source = current_layout().source
     if not source.is_dir():
         raise RuntimeMissing(f"the patched llama.cpp is not here yet; {BUILD_HINT}")
     return source
@@ -244,7 +244,7 @@ def built_layout() -> Layout:
     Raises:
         RuntimeMissing: there is none.
     """
-    place = layout()
+    place = current_layout()
     if not place.is_built():
         raise RuntimeMissing(f"the patched llama.cpp is not built; {BUILD_HINT}")
     return place

@@ -116,7 +116,7 @@ def contents(layout: Layout) -> list[tuple[str, Path]]:
     modules = [
         (file.relative_to(layout.python).as_posix(), file)
         for file in sorted((layout.python / "llama_cpp").rglob("*"))
-        if file.is_file()
+        if file.is_file() and file.parent.name != "lib"
     ]
     libraries = [layout.library(name) for name in PACKAGE_LIBRARIES]
     return modules + [(f"llama_cpp/lib/{file.name}", file) for file in libraries if file.is_file()]

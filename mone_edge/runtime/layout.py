@@ -122,7 +122,7 @@ def runtime_dir() -> Path:
     return cache_dir() / "runtime"
 
 
-def layout() -> Layout:
+def current_layout() -> Layout:
     """The layout for the present pin, patches, options and machine."""
     upstream = read_upstream()
     options = json.dumps([CMAKE_OPTIONS, TOOLS, machine_traits()], sort_keys=True)

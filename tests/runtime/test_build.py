@@ -1,0 +1,288 @@
+"""Fetching, patching, installing and finding, without compiling anything."""
+
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import threading
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from mone_edge import runtime
+from mone_edge.errors import MoneEdgeError, RuntimeMissing, UsageError
+from mone_edge.runtime import compile as compiling
+from mone_edge.runtime import fetch, install, layout, source, toolchain, upstream
+
+PATCH = """--- a/file.txt
++++ b/file.txt
+@@ -1 +1 @@
+-old
++new
+"""
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache."""
+    monkeypatch.setenv("MONE_EDGE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def make_layout(root: Path) -> layout.Layout:
+    return layout.Layout("0.0.1", "key", root)
+
+
+def add_file(tar: tarfile.TarFile, name: str, content: bytes = b"x") -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+def test_series_names_every_patch() -> None:
+    files = upstream.patch_files()
+    assert files == sorted(upstream.patches_dir().glob("*.patch"))
+    assert all("Subject: [PATCH]" in file.read_text(encoding="utf-8") for file in files)
+
+
+def test_key_follows_the_patches(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = layout.current_layout().build_key
+    monkeypatch.setattr(upstream, "patch_files", list)
+    assert layout.current_layout().build_key != before
+
+
+def test_nothing_built(cache: Path) -> None:
+    found = runtime.info()
+    assert not found.built and found.tools == {} and not found.root.exists()
+    for ask in (runtime.source_tree, runtime.ggml_library, runtime.llama_library):
+        with pytest.raises(RuntimeMissing, match="mone-edge runtime build"):
+            ask()
+    with pytest.raises(RuntimeMissing, match="mone-edge runtime build"):
+        runtime.tool("llama-bench")
+    with pytest.raises(MoneEdgeError, match="no tool 'llama-nothing'"):
+        runtime.tool("llama-nothing")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"backend": "vulkan"}, {"target": "android-arm64"}, {"jobs": 0}], ids=str
+)
+def test_unsupported(cache: Path, wrong: dict[str, object]) -> None:
+    with pytest.raises(UsageError):
+        runtime.build(**wrong)  # type: ignore[arg-type]
+    assert not cache.exists()
+
+
+def test_offline_without_source(cache: Path) -> None:
+    for ask in (lambda: runtime.build(offline=True), lambda: runtime.prepare_source(offline=True)):
+        with pytest.raises(MoneEdgeError, match=r"offline, and llama_cpp_python.* put the file at"):
+            ask()
+
+
+def test_damaged_download_is_not_used(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pip_download(pin: upstream.Upstream, folder: Path) -> Path:
+        file = folder / pin.sdist_name
+        file.write_bytes(b"something else")
+        return file
+
+    monkeypatch.setattr(fetch, "pip_download", pip_download)
+    with pytest.raises(MoneEdgeError, match=r"expected 832db.*not used"):
+        fetch.fetch_sdist(upstream.read_upstream(), offline=False)
+    assert list((cache / "runtime").iterdir()) == []
+
+
+def test_pip_failure_is_one_line() -> None:
+    with pytest.raises(MoneEdgeError) as caught:
+        fetch.run_pip(["install", "--no-index", "no-such-package-at-all"], "cannot install")
+    assert str(caught.value).startswith("cannot install: No matching distribution")
+    assert "\n" not in str(caught.value)
+
+
+def test_extract_takes_the_parts_and_drops_the_top_folder(tmp_path: Path) -> None:
+    archive = tmp_path / "a.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        for name in ("top/tree/a/b.txt", "top/other.txt", "top/PKG-INFO"):
+            add_file(tar, name)
+    source.extract(archive, tmp_path / "out", ("tree", "PKG-INFO"))
+    made = sorted(p.relative_to(tmp_path / "out").as_posix() for p in tmp_path.glob("out/**/*.*"))
+    assert made == ["tree/a/b.txt"] and (tmp_path / "out/PKG-INFO").is_file()
+    with pytest.raises(MoneEdgeError, match="has no missing"):
+        source.extract(archive, tmp_path / "out", ("missing",))
+
+
+def test_extract_refuses_to_leave_its_folder(tmp_path: Path) -> None:
+    archive = tmp_path / "a.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        add_file(tar, "top/tree/../../../outside.txt")
+    with pytest.raises(MoneEdgeError, match="cannot extract"):
+        source.extract(archive, tmp_path / "in" / "out", ("tree",))
+    assert not (tmp_path / "outside.txt").exists()
+
+
+def test_extract_of_a_broken_archive(tmp_path: Path) -> None:
+    archive = tmp_path / "a.tar.gz"
+    archive.write_bytes(b"not an archive")
+    with pytest.raises(MoneEdgeError, match="cannot extract"):
+        source.extract(archive, tmp_path / "out", ("tree",))
+
+
+@pytest.mark.parametrize("program", ["git", "patch"])
+@pytest.mark.parametrize("in_repository", [False, True])
+def test_patches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, in_repository: bool
+) -> None:
+    """Also inside of somebody's repository, where a bare "git apply" silently does nothing."""
+    if in_repository:
+        subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    which = toolchain.shutil.which
+    monkeypatch.setattr(
+        source.shutil, "which", lambda name: which(name) if name == program else None
+    )
+    tree = tmp_path / "deep" / "tree"
+    tree.mkdir(parents=True)
+    (tree / "file.txt").write_text("old\n", encoding="utf-8")
+    patch = tmp_path / "0001.patch"
+    patch.write_text(PATCH, encoding="utf-8")
+    source.apply_patches(tree, [patch])
+    assert (tree / "file.txt").read_text(encoding="utf-8") == "new\n"
+    with pytest.raises(MoneEdgeError, match=r"0001\.patch does not apply"):
+        source.apply_patches(tree, [patch])
+
+
+def test_all_missing_programs_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toolchain.shutil, "which", lambda *_, **__: None)
+    with pytest.raises(MoneEdgeError, match="sudo apt install cmake gcc g\\+\\+ make"):
+        toolchain.find_toolchain()
+
+
+def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = type("Usage", (), {"free": 1 << 29})
+    monkeypatch.setattr(toolchain.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(MoneEdgeError, match=r"0\.5 GiB free, a build needs 2"):
+        toolchain.require_space(tmp_path)
+
+
+def test_failed_step_names_its_log(tmp_path: Path) -> None:
+    place = make_layout(tmp_path)
+    command = [sys.executable, "-c", "print('[ 42%] x'); print('boom'); raise SystemExit(7)"]
+    said: list[str] = []
+    with (
+        place.log.open("w", encoding="utf-8") as log,
+        pytest.raises(MoneEdgeError) as caught,
+    ):
+        compiling.run_step(command, place, log.write, said.append)
+    assert "exit code 7" in str(caught.value) and "boom" in str(caught.value)
+    assert str(place.log) in str(caught.value)
+    assert "boom" in place.log.read_text(encoding="utf-8")
+    assert said == ["compiling llama.cpp 42%"]
+
+
+def test_half_a_build_is_no_build(tmp_path: Path) -> None:
+    place = make_layout(tmp_path)
+    assert not place.is_built()
+    place.marker.write_text(json.dumps({"files": ["bin/tool"]}), encoding="utf-8")
+    assert not place.is_built()
+    place.bin.mkdir()
+    (place.bin / "tool").touch()
+    assert place.is_built()
+    place.marker.write_text("{", encoding="utf-8")
+    assert not place.is_built()
+
+
+def test_lock_keeps_the_second_waiting(cache: Path) -> None:
+    order: list[str] = []
+    waiting = threading.Event()
+
+    def second() -> None:
+        with layout.locked("key", waiting.set):
+            order.append("second")
+
+    with layout.locked("key", lambda: None):
+        thread = threading.Thread(target=second)
+        thread.start()
+        assert waiting.wait(10)
+        order.append("first")
+    thread.join(10)
+    assert order == ["first", "second"]
+
+
+def test_unwritable_cache_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MONE_EDGE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(MoneEdgeError, match="MONE_EDGE_CACHE names another folder"):
+        runtime.build(offline=True)
+
+
+def make_package(folder: Path, content: bytes) -> Path:
+    """A package named llama_cpp whose library is `content`."""
+    package = folder / "llama_cpp"
+    (package / "lib").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "lib" / layout.library_name("llama")).write_bytes(content)
+    return package
+
+
+def test_unpatched_package_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = make_package(tmp_path, b"llama_model_n_layer\0")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert install.installed_key() is None
+    with pytest.raises(RuntimeMissing, match=r"not a patched .*mone-edge runtime build"):
+        runtime.load()
+    library = package / "lib" / layout.library_name("llama")
+    library.write_bytes(b"\0" + install.PATCH_SYMBOL.encode() + b"\0")
+    assert install.exports_patch(library) and install.installed_key() is None
+    tag = package / "lib" / install.TAG_NAME
+    tag.write_text(json.dumps({"build_key": "abc"}), encoding="utf-8")
+    assert install.installed_key() == "abc"
+
+
+def test_wheel(tmp_path: Path) -> None:
+    """What goes in comes out where an import looks for it, with a correct RECORD."""
+    place = make_layout(tmp_path)
+    make_package(place.python, b"")
+    (place.python / "PKG-INFO").write_text("Name: x\nVersion: 0.0.1\nA: b\n", encoding="utf-8")
+    (place.python / "LICENSE.md").write_text("MIT", encoding="utf-8")
+    place.lib.mkdir()
+    for name in install.PACKAGE_LIBRARIES:
+        place.library(name).write_bytes(name.encode())
+    with zipfile.ZipFile(install.make_wheel(place)) as wheel:
+        names = set(wheel.namelist())
+        library = f"llama_cpp/lib/{layout.library_name('llama')}"
+        assert wheel.read(library) == b"llama"
+        assert b"\nVersion: 0.0.1+mone.key\n" in wheel.read(
+            "llama_cpp_python-0.0.1+mone.key.dist-info/METADATA"
+        )
+        record = wheel.read("llama_cpp_python-0.0.1+mone.key.dist-info/RECORD").decode()
+    assert {line.split(",")[0] for line in record.splitlines()} == names
+    assert len(record.splitlines()) == len(wheel.namelist())
+    assert f"{library},sha256=" in record
+
+
+def test_second_build_does_nothing(patched_runtime: runtime.RuntimeInfo) -> None:
+    said: list[str] = []
+    assert runtime.build(offline=True, progress=said.append) == patched_runtime
+    assert said == []
+    assert patched_runtime.built and patched_runtime.patched and patched_runtime.installed
+    assert (runtime.source_tree() / "conversion").is_dir()
+    assert (runtime.source_tree() / "gguf-py").is_dir()
+
+
+def test_tools_start_from_anywhere(patched_runtime: runtime.RuntimeInfo, tmp_path: Path) -> None:
+    """The libraries are found by the tools' own place, also when that moves."""
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for part in ("bin", "lib"):
+        (moved / part).symlink_to(patched_runtime.root / part)
+    environment = {k: v for k, v in os.environ.items() if k != "LD_LIBRARY_PATH"}
+    for name in patched_runtime.tools:
+        command = [str(moved / "bin" / name), "--help"]
+        done = subprocess.run(command, cwd="/", env=environment, capture_output=True, check=False)
+        assert b"usage" in (done.stdout + done.stderr).lower(), name
+
+
+def test_digest_of_file(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"abc")
+    assert fetch.sha256_of(tmp_path / "f") == hashlib.sha256(b"abc").hexdigest()
