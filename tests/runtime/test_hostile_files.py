@@ -105,3 +105,43 @@ def test_bias_of_wrong_type(patched_runtime: runtime.RuntimeInfo, tmp_path: Path
     model = tiny.pruned(tiny.random_model("olmoe"), KEPT)
     path = tiny.write(tmp_path / "m.gguf", model, kept=KEPT, bias_type=np.float64)
     assert "has type f64; expected f32 or f16" in load_in_subprocess(path)
+
+
+LOAD_ADAPTER = """
+import sys
+from mone_edge import runtime
+llama = runtime.load(verbose=True)
+llama.llama_backend_init()
+model = llama.llama_model_load_from_file(sys.argv[1].encode(), llama.llama_model_default_params())
+assert model
+sys.exit(0 if llama.llama_adapter_lora_init(model, sys.argv[2].encode()) else 3)
+"""
+
+
+def write_adapter(path: Path, tensor: str, *shape: int) -> Path:
+    """A LoRA of rank 2 for one tensor of torch shape `[..., rows, columns]`."""
+    *experts, rows, columns = shape
+    writer = gguf.GGUFWriter(path, "olmoe")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 1.0)
+    writer.add_tensor(f"{tensor}.lora_a", np.ones((*experts, 2, columns), np.float32))
+    writer.add_tensor(f"{tensor}.lora_b", np.ones((*experts, rows, 2), np.float32))
+    return tiny.finish(writer, path)
+
+
+def test_adapters(patched_runtime: runtime.RuntimeInfo, tmp_path: Path) -> None:
+    """One for attention is taken, one for pruned experts is refused by name."""
+    model = tiny.pruned(tiny.random_model("olmoe"), KEPT)
+    path = tiny.write(tmp_path / "m.gguf", model, kept=KEPT)
+    attention = write_adapter(tmp_path / "a.gguf", "blk.0.attn_q.weight", tiny.N_EMBD, tiny.N_EMBD)
+    experts = write_adapter(
+        tmp_path / "e.gguf", "blk.0.ffn_down_exps.weight", tiny.N_EXPERTS, tiny.N_EMBD, tiny.N_FF
+    )
+    for adapter, code in ((attention, 0), (experts, 3)):
+        done = subprocess.run(
+            [sys.executable, "-c", LOAD_ADAPTER, str(path), str(adapter)],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == code, done.stderr[-2000:]
+    assert "some of which have been pruned: not supported" in done.stderr
