@@ -56,7 +56,7 @@ def moe_layer(
     rows = [block[f"self_attn.{name}_proj.weight"].shape[0] for name in "qkv"]
     made = {
         f"self_attn.{name}_proj.weight": part
-        for name, part in zip("qkv", qkv.split(rows), strict=True)
+        for name, part in zip("qkv", torch.split(qkv, rows), strict=True)
     }
     made["self_attn.o_proj.weight"] = block["self_attn.o_proj.weight"].double() + correction(
         parts, "o", layer

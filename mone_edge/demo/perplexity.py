@@ -41,11 +41,12 @@ def mean_negative_log_likelihood(folder: Path, rows: Any, dtype: str = "bfloat16
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
     total = 0.0
+    tokens: int = len(rows) * (rows.shape[1] - 1)
     with torch.inference_mode():
         for row in rows:
             logits = model(row.unsqueeze(0), use_cache=False).logits[0, :-1].float()
             total += float(torch.nn.functional.cross_entropy(logits, row[1:], reduction="sum"))
-    return total / (len(rows) * (rows.shape[1] - 1))
+    return total / tokens
 
 
 def compare(text: Path, context: int, limit: int | None, dtype: str) -> dict[str, object]:

@@ -5,9 +5,9 @@ The shipped asset was made with exactly these commands, on 2 cores, torch 2.13, 
 packages that `mone_edge.demo.training.texts.SOURCES` says how to get:
 
     python -m mone_edge.demo.train texts --packages PACKAGES
-    python -m mone_edge.demo.train chats --work WORK --seed 1
-    python -m mone_edge.demo.train layerwise --work WORK --packages PACKAGES --seed 2
-    python -m mone_edge.demo.train distill --work WORK --packages PACKAGES --seed 3
+    python -m mone_edge.demo.train layerwise --work WORK --packages PACKAGES
+    python -m mone_edge.demo.train refit --work WORK --packages PACKAGES
+    python -m mone_edge.demo.train distill --work WORK --packages PACKAGES
     python -m mone_edge.demo.train pack --work WORK
 
 A stage reads what the one before left in WORK. `distill` goes on from its last checkpoint if it is
@@ -16,7 +16,6 @@ is (see `build.py`).
 """
 
 import argparse
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -54,20 +53,10 @@ def training_tokens(arguments: argparse.Namespace) -> Any:
 
     kept = arguments.work / f"tokens-{arguments.seed}.pt"
     if not kept.is_file():
-        chats = json.loads((arguments.work / "chats.json").read_text())
         tokenizer = AutoTokenizer.from_pretrained(dense_model_dir())
-        tokens = distillation_tokens(
-            tokenizer, arguments.packages, chats, SEQUENCE_TOKENS, 0.15, arguments.seed
-        )
+        tokens = distillation_tokens(tokenizer, arguments.packages, SEQUENCE_TOKENS, arguments.seed)
         torch.save(tokens, kept)
     return torch.load(kept, weights_only=True)
-
-
-def chats(arguments: argparse.Namespace) -> None:
-    from mone_edge.demo.training.chat import sample_chats
-
-    made = sample_chats(dense_model_dir(), arguments.rounds, 72, arguments.seed)
-    (arguments.work / "chats.json").write_text(json.dumps(made, indent=0))
 
 
 def layerwise(arguments: argparse.Namespace) -> None:
@@ -84,6 +73,19 @@ def layerwise(arguments: argparse.Namespace) -> None:
     save_checkpoint(arguments.work / "layerwise.pt", student, None, 0, 0.0)
 
 
+def refit(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from mone_edge.demo.training.distill import save_checkpoint
+    from mone_edge.demo.training.layerwise import LayerwiseSettings, refit_down
+
+    tokens = training_tokens(arguments)[-arguments.refit_sequences :]
+    log.info("refit: %d sequences of %d tokens", *tokens.shape)
+    student = load_student(torch.load(arguments.work / "layerwise.pt", weights_only=True))
+    refit_down(student, tokens, LayerwiseSettings())
+    save_checkpoint(arguments.work / "refitted.pt", student, None, 0, 0.0)
+
+
 def distill(arguments: argparse.Namespace) -> None:
     import torch
 
@@ -94,7 +96,7 @@ def distill(arguments: argparse.Namespace) -> None:
     tokens = training_tokens(arguments)[arguments.sequences :]
     log.info("distill: %d sequences of %d tokens", *tokens.shape)
     checkpoint = arguments.work / "distilled.pt"
-    source = checkpoint if checkpoint.is_file() else arguments.work / "layerwise.pt"
+    source = checkpoint if checkpoint.is_file() else arguments.work / "refitted.pt"
     state = torch.load(source, weights_only=True)
     run(load_student(state), tokens, DistillSettings(), checkpoint, arguments.seconds, state)
 
@@ -121,7 +123,13 @@ def pack(arguments: argparse.Namespace) -> None:
     save_file(packed(state), arguments.asset or CORRECTIONS)
 
 
-STAGES = {"texts": texts, "chats": chats, "layerwise": layerwise, "distill": distill, "pack": pack}
+STAGES = {
+    "texts": texts,
+    "layerwise": layerwise,
+    "refit": refit,
+    "distill": distill,
+    "pack": pack,
+}
 
 
 def main() -> None:
@@ -131,14 +139,14 @@ def main() -> None:
     parser.add_argument("stage", choices=tuple(STAGES))
     parser.add_argument("--work", type=Path, default=Path())
     parser.add_argument("--packages", type=Path)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rounds", type=int, default=8, help="chats: batches of 72 chats")
+    parser.add_argument("--seed", type=int, default=2)
     parser.add_argument(
         "--sequences",
         type=int,
         default=128,
         help="how many sequences layerwise fits on; distill leaves them out",
     )
+    parser.add_argument("--refit-sequences", type=int, default=400)
     parser.add_argument("--seconds", type=float, default=3000, help="distill: how long, in all")
     parser.add_argument(
         "--asset", type=Path, help="pack: where to, instead of over the one that ships"

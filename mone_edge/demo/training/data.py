@@ -1,5 +1,4 @@
-"""Tokens to distil on: text out of packages and sampled chats, packed into sequences of one
-length."""
+"""Tokens to distil on: text out of packages, packed into sequences of one length."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,6 @@ import torch
 from torch import Tensor
 
 from mone_edge.demo.training import texts
-from mone_edge.demo.training.chat import OPENING
 
 
 def tokens_of(tokenizer: Any, text: str, length: int) -> Tensor:
@@ -17,18 +15,13 @@ def tokens_of(tokenizer: Any, text: str, length: int) -> Tensor:
     return ids[: len(ids) // length * length].view(-1, length)
 
 
-def distillation_tokens(
-    tokenizer: Any, packages: Path, chats: list[str], length: int, chat_share: float, seed: int
-) -> Tensor:
-    """Shuffled sequences [sequences, length], int64, without any text that calibration or
-    evaluation uses.
+def distillation_tokens(tokenizer: Any, packages: Path, length: int, seed: int) -> Tensor:
+    """Shuffled sequences [sequences, length], int64, without calibration and evaluation text.
 
-    Documents are mixed by `Document.weight`; chats make up `chat_share` as far as they last.
+    Documents are mixed by `Document.weight`; answers in the chat form make up a ninth.
     """
-    held_out_documents = texts.evaluation_documents(packages) + texts.calibration_documents(
-        packages
-    )
-    held_out = texts.ngrams("\n\n".join(document.text for document in held_out_documents))
+    apart = texts.evaluation_documents(packages) + texts.calibration_documents(packages)
+    held_out = texts.ngrams("\n\n".join(document.text for document in apart))
     generator = torch.Generator().manual_seed(seed)
     parts = []
     for document in texts.distillation_documents(packages):
@@ -37,14 +30,7 @@ def distillation_tokens(
         rows = tokens_of(tokenizer, text, length)
         keep = torch.randperm(len(rows), generator=generator)[: size // 4 // length]
         parts.append(rows[keep])
-    answers = texts.as_chats(packages, OPENING, "<|im_end|>\n")
-    parts.append(
-        tokens_of(tokenizer, texts.without_overlap(answers, held_out), length)[
-            : len(torch.cat(parts)) // 8
-        ]
-    )
+    answers = texts.without_overlap(texts.as_chats(packages), held_out)
+    parts.append(tokens_of(tokenizer, answers, length)[: sum(map(len, parts)) // 8])
     rows = torch.cat(parts)
-    chat = tokens_of(tokenizer, "".join(chats), length)
-    wanted = int(len(rows) * chat_share / (1 - chat_share))
-    rows = torch.cat([rows, chat[:wanted]])
     return rows[torch.randperm(len(rows), generator=generator)]

@@ -26,12 +26,12 @@ class DistillSettings:
     """Schedule of the end-to-end stage. Learning rates are of Adam."""
 
     sequences_per_step: int = 4
-    warmup_steps: int = 15
-    learning_rate: float = 3e-4
-    down_learning_rate: float = 5e-4
-    router_learning_rate: float = 3e-4
-    norm_learning_rate: float = 5e-5
-    stream_weight: float = 3.0
+    warmup_steps: int = 8
+    learning_rate: float = 6e-5
+    down_learning_rate: float = 1e-4
+    router_learning_rate: float = 1.5e-4
+    norm_learning_rate: float = 3e-5
+    stream_weight: float = 2.0
     head_chunk_tokens: int = 512
     save_every: int = 20
 
@@ -48,7 +48,7 @@ def divergence(
     """
     total = 0.0
     gradients = []
-    for s, t in zip(student.split(chunk), teacher.split(chunk), strict=True):
+    for s, t in zip(torch.split(student, chunk), torch.split(teacher, chunk), strict=True):
         wanted = F.linear(t, embedding).float().log_softmax(-1)
         logits = F.linear(s, embedding).float().log_softmax(-1)
         probability = wanted.exp()
@@ -69,7 +69,7 @@ def stream_error(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
 def optimiser_for(student: Student, settings: DistillSettings) -> torch.optim.Adam:
     special = {
         "down_up": settings.down_learning_rate,
-        "down_down": settings.down_learning_rate / 20,
+        "down_down": settings.down_learning_rate / 40,
     }
     special |= {
         "router": settings.router_learning_rate,
@@ -96,12 +96,11 @@ def train_step(
     student: Student, optimiser: torch.optim.Adam, tokens: Tensor, settings: DistillSettings
 ) -> tuple[float, float]:
     """One update on tokens [sequences, length]; returns divergence and stream error before it."""
-    buffers: Any = student
     with torch.no_grad():
         teacher_last, teacher_streams = student(tokens, dense=True)
     last, streams = student(tokens)
     kl, gradient = divergence(
-        last.detach(), teacher_last, buffers.embedding, settings.head_chunk_tokens
+        last.detach(), teacher_last, student.embedding, settings.head_chunk_tokens
     )
     error = stream_error(streams, teacher_streams)
     optimiser.zero_grad()

@@ -8,7 +8,6 @@ activations feed every layer, so a layer also corrects what the layers before it
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +34,8 @@ class LayerwiseSettings:
 def neuron_use(hidden: Tensor, down: Tensor) -> Tensor:
     """Size of each neuron's contribution, [tokens, neurons]: activation times length of its
     column."""
-    return hidden.float().abs() * down.float().norm(dim=0)
+    lengths: Tensor = torch.linalg.vector_norm(down.float(), dim=0)
+    return hidden.float().abs() * lengths
 
 
 def balanced_groups(features: Tensor, groups: int, rounds: int) -> Tensor:
@@ -105,11 +105,10 @@ def fit_router(
     settings: LayerwiseSettings,
     generator: torch.Generator,
 ) -> Tensor:
-    """Router [experts, hidden] whose gated choice best keeps the sum of all experts, on tokens x
-    [tokens, hidden].
+    """Router [experts, hidden] whose gated choice best keeps the sum of all experts.
 
-    `weight` [tokens] is how much a token's squared error counts. Starts from a ridge regression of
-    the logarithm of each expert's output length.
+    Fitted on FFN inputs x [tokens, hidden]; `weight` [tokens] is how much a token's squared error
+    counts. Starts from a ridge regression of the logarithm of each expert's output length.
     """
     experts = grams.shape[1]
     x = x.float()
@@ -118,9 +117,8 @@ def fit_router(
     target = target - target.mean()
     covariance = x.T @ x
     covariance.diagonal().add_(settings.ridge * covariance.diagonal().mean())
-    router = torch.linalg.solve(covariance, x.T @ target).T.contiguous()
-    router *= 0.4 / (x[:2048] @ router.T).std()
-    router.requires_grad_(True)
+    router: Tensor = torch.linalg.solve(covariance, x.T @ target).T.contiguous()
+    router = (router * 0.4 / (x[:2048] @ router.T).std()).requires_grad_(True)
     optimiser = torch.optim.Adam([router], lr=settings.router_learning_rate * router.std().item())
     total = (weight * grams.sum(dim=(1, 2))).mean().item()
     for step in range(settings.router_steps):
@@ -132,11 +130,12 @@ def fit_router(
         error = (gate.unsqueeze(1) @ grams[chosen] @ gate.unsqueeze(2)).flatten()
         loss = (weight[chosen] * error).mean() / total
         optimiser.zero_grad()
-        loss.backward()
+        torch.autograd.backward([loss])
         optimiser.step()
         if step in (0, settings.router_steps - 1):
             log.info("  router step %d: relative error %.4f", step, loss.item())
-    return router.detach()
+    fitted: Tensor = router.detach()
+    return fitted
 
 
 def reduced_rank(gram: Tensor, cross: Tensor, rank: int, ridge: float) -> tuple[Tensor, Tensor]:
@@ -173,7 +172,6 @@ def convert_layers(
         tokens: [sequences, length].
     """
     s = student.shape
-    buffers: Any = student
     generator = torch.Generator().manual_seed(seed)
     teacher = student.embed(tokens)
     stream = teacher.clone()
@@ -191,16 +189,18 @@ def convert_layers(
         sample = torch.randperm(x.shape[0], generator=generator)[: settings.cluster_tokens]
         hidden = student.activations(layer, x[sample], dense=True)
         order = choose_order(
-            hidden, buffers.w_down[layer], s.shared, s.experts, settings.cluster_rounds
+            hidden, student.w_down[layer], s.shared, s.experts, settings.cluster_rounds
         )
         reorder(student, layer, order)
 
-        down = buffers.w_down[layer]
-        hidden = torch.cat([student.activations(layer, part, dense=True) for part in x.split(4096)])
+        down = student.w_down[layer]
+        hidden = torch.cat(
+            [student.activations(layer, part, dense=True) for part in torch.split(x, 4096)]
+        )
         grams = torch.cat(
             [
                 expert_grams(h[:, s.shared :], down[:, s.shared :], s.experts)
-                for h in hidden.split(2048)
+                for h in torch.split(hidden, 2048)
             ]
         )
         student.router[layer] = fit_router(x, grams, weight, s.top_k, settings, generator)
@@ -209,7 +209,7 @@ def convert_layers(
         wanted = (teacher - stream).flatten(0, 1)
         gram = torch.zeros(s.neurons, s.neurons)
         cross = torch.zeros(s.hidden, s.neurons)
-        for rows in torch.arange(x.shape[0]).split(4096):
+        for rows in torch.split(torch.arange(x.shape[0]), 4096):
             gated = student.apply_gates(hidden[rows], *student.gates(layer, x[rows]))
             missing = (wanted[rows] - F.linear(gated, down).float()) * weight[rows, None]
             weighted = (gated.float() * weight[rows, None].sqrt()).to(student.dtype)
@@ -223,5 +223,51 @@ def convert_layers(
             stream[part] += student.ffn(layer, stream[part])
         left = (teacher - stream).flatten(0, 1).square().sum(-1) * weight
         errors.append(float(left.mean() / (teacher.flatten(0, 1).square().sum(-1) * weight).mean()))
+        log.info("layer %d: relative error of the residual stream %.4f", layer, errors[-1])
+    return errors
+
+
+@torch.no_grad()
+def refit_down(student: Student, tokens: Tensor, settings: LayerwiseSettings) -> list[float]:
+    """Fit every layer's correction of `down_proj` anew, on more text; experts and routers stay.
+
+    One pass over the layers as in `convert_layers`, without what takes memory there: the first fit,
+    on few tokens, learns some of them by heart. Returns the same errors.
+
+    Args:
+        tokens: [sequences, length].
+    """
+    s = student.shape
+    teacher = student.embed(tokens)
+    stream = teacher.clone()
+    errors = []
+    for layer in range(s.layers):
+        down = student.w_down[layer]
+        gram = torch.zeros(s.neurons, s.neurons)
+        cross = torch.zeros(s.hidden, s.neurons)
+        kept = []
+        typical: Tensor | None = None
+        for part in _chunks(stream, settings.chunk):
+            stream[part] += student.attention(layer, stream[part])
+            teacher[part] += student.attention(layer, teacher[part], dense=True)
+            teacher[part] += student.ffn(layer, teacher[part], dense=True)
+            weight = 1 / teacher[part].flatten(0, 1).square().sum(-1)
+            typical = weight.median() if typical is None else typical
+            root = (weight / typical).clamp_max(4).sqrt().unsqueeze(1)
+            x = student.ffn_input(layer, stream[part])
+            gated = student.apply_gates(student.activations(layer, x), *student.gates(layer, x))
+            stream[part] += F.linear(gated, down).view_as(stream[part]).float()
+            missing = (teacher[part] - stream[part]).flatten(0, 1)
+            weighted = gated.float() * root
+            gram.addmm_(weighted.T, weighted)
+            cross.addmm_((missing * root).T, weighted)
+            kept.append(gated)
+        up, across = reduced_rank(gram, cross, s.ffn_rank, settings.ridge)
+        student.down_up[layer], student.down_down[layer] = up, across
+        for part, gated in zip(_chunks(stream, settings.chunk), kept, strict=True):
+            change = F.linear(F.linear(gated, across.to(student.dtype)), up.to(student.dtype))
+            stream[part] += change.view_as(stream[part]).float()
+        relative = (teacher - stream).square().sum(-1) / teacher.square().sum(-1)
+        errors.append(relative.mean().item())
         log.info("layer %d: relative error of the residual stream %.4f", layer, errors[-1])
     return errors

@@ -7,7 +7,6 @@ that were not chosen.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +74,15 @@ def expert_mask(logits: Tensor, top_k: int, temperature: float = 0.5) -> Tensor:
 class Student(nn.Module):
     """Parameters are stacked by layer; frozen ones are buffers in bf16, trained ones float32."""
 
+    embedding: Tensor  # [vocabulary, hidden]
+    w_qkv: Tensor  # [layers, (heads + 2 kv_heads) * head_width, hidden]
+    w_o: Tensor  # [layers, hidden, heads * head_width]
+    w_gate_up: Tensor  # [layers, 2 * neurons, hidden], gate first
+    w_down: Tensor  # [layers, hidden, neurons]
+    dense_norms: Tensor  # [layers, 2, hidden]: before attention, before the FFN
+    dense_final_norm: Tensor
+    order: Tensor  # [layers, neurons]: which dense neuron stands where
+
     def __init__(self, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__()
         s = self.shape = shape
@@ -128,7 +136,7 @@ class Student(nn.Module):
             .view(batch, tokens, -1, s.head_width)
             .transpose(1, 2)
         )
-        q, k, v = qkv.split((s.heads, s.kv_heads, s.kv_heads), dim=1)
+        q, k, v = torch.split(qkv, [s.heads, s.kv_heads, s.kv_heads], dim=1)
         cos, sin = self.rotary(tokens)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         repeats = s.heads // s.kv_heads
@@ -158,7 +166,7 @@ class Student(nn.Module):
 
     def apply_gates(self, hidden: Tensor, shared: Tensor, routed: Tensor) -> Tensor:
         s = self.shape
-        head, tail = hidden.split((s.shared, s.neurons - s.shared), dim=-1)
+        head, tail = torch.split(hidden, [s.shared, s.neurons - s.shared], dim=-1)
         tail = tail.view(-1, s.experts, s.expert_width) * routed.to(self.dtype).unsqueeze(-1)
         return torch.cat((head * shared.to(self.dtype), tail.flatten(1)), dim=-1)
 
@@ -192,33 +200,31 @@ class Student(nn.Module):
 
 def load_dense(student: Student, weights: dict[str, Tensor]) -> None:
     """Copy a dense `llama` checkpoint into the frozen buffers; neurons keep their order."""
-    buffers: Any = student
-    buffers.embedding.copy_(weights["model.embed_tokens.weight"])
-    buffers.dense_final_norm.copy_(weights["model.norm.weight"])
+    student.embedding.copy_(weights["model.embed_tokens.weight"])
+    student.dense_final_norm.copy_(weights["model.norm.weight"])
     for layer in range(student.shape.layers):
         block = {
             k.split(".", 3)[3]: w
             for k, w in weights.items()
             if k.startswith(f"model.layers.{layer}.")
         }
-        buffers.w_qkv[layer] = torch.cat([block[f"self_attn.{name}_proj.weight"] for name in "qkv"])
-        buffers.w_o[layer] = block["self_attn.o_proj.weight"]
-        buffers.w_gate_up[layer] = torch.cat(
+        student.w_qkv[layer] = torch.cat([block[f"self_attn.{name}_proj.weight"] for name in "qkv"])
+        student.w_o[layer] = block["self_attn.o_proj.weight"]
+        student.w_gate_up[layer] = torch.cat(
             [block["mlp.gate_proj.weight"], block["mlp.up_proj.weight"]]
         )
-        buffers.w_down[layer] = block["mlp.down_proj.weight"]
-        buffers.dense_norms[layer, 0] = block["input_layernorm.weight"]
-        buffers.dense_norms[layer, 1] = block["post_attention_layernorm.weight"]
+        student.w_down[layer] = block["mlp.down_proj.weight"]
+        student.dense_norms[layer, 0] = block["input_layernorm.weight"]
+        student.dense_norms[layer, 1] = block["post_attention_layernorm.weight"]
     with torch.no_grad():
-        student.norms.copy_(buffers.dense_norms)
-        student.final_norm.copy_(buffers.dense_final_norm)
+        student.norms.copy_(student.dense_norms)
+        student.final_norm.copy_(student.dense_final_norm)
 
 
 def reorder(student: Student, layer: int, order: Tensor) -> None:
     """Put the neurons of a layer in `order` (a permutation of [neurons]): shared first, then expert
     by expert."""
-    buffers: Any = student
     both = torch.cat([order, order + student.shape.neurons])
-    buffers.w_gate_up[layer] = buffers.w_gate_up[layer][both]
-    buffers.w_down[layer] = buffers.w_down[layer][:, order]
-    buffers.order[layer] = buffers.order[layer][order]
+    student.w_gate_up[layer] = student.w_gate_up[layer][both]
+    student.w_down[layer] = student.w_down[layer][:, order]
+    student.order[layer] = student.order[layer][order]

@@ -19,6 +19,11 @@ for deb in *.deb; do dpkg-deb -x "$deb" "packages/${deb%%_*}"; done
 pip download --no-deps --no-binary :all: brotli==1.2.1 && tar -C packages -xzf brotli-1.2.1.tar.gz
 """
 
+CHAT_OPENING = (
+    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    "<|im_end|>\n<|im_start|>user\n"
+)
+
 AUSTEN = "r-cran-janeaustenr/usr/lib/R/site-library/janeaustenr/data/Rdata.rdb"
 BROTLI = "brotli-1.2.1/tests/testdata"
 PYTHON = "python3.11-doc/usr/share/doc/python3.11/html/_sources"
@@ -127,19 +132,15 @@ def excerpt(text: str, size: int, start: int = 0) -> str:
     return text[begin : end if end > begin else begin + size].strip() + "\n"
 
 
-def as_chats(packages: Path, opening: str, end: str) -> str:
-    """Definitions of the FOLDOC as answers in the chat form, the term asked for by the user.
-
-    Args:
-        opening: the chat template up to the user's words. end: what closes the assistant's.
-    """
+def as_chats(packages: Path) -> str:
+    """Definitions of the FOLDOC as answers in the base model's chat form, the term asked for."""
+    entry = re.compile(r"^(\S[^\n]{2,40})\n\n((?:   [^\n]+\n|\n)+)", re.MULTILINE)
     chats = []
-    for term, answer in re.findall(
-        r"^(\S[^\n]{2,40})\n\n((?:   [^\n]+\n|\n)+)", dictionary(packages, "foldoc"), re.MULTILINE
-    ):
+    for term, answer in entry.findall(dictionary(packages, "foldoc")):
         body = unwrap(re.sub(r"<[^>]*>|\(\d{4}-\d\d-\d\d\)", "", answer))
         if len(body) > 300:
-            chats.append(f"{opening}What is {term}?<|im_end|>\n<|im_start|>assistant\n{body}{end}")
+            question = f"{CHAT_OPENING}What is {term}?<|im_end|>\n"
+            chats.append(f"{question}<|im_start|>assistant\n{body}<|im_end|>\n")
     return "\n\n".join(chats)
 
 
