@@ -91,13 +91,11 @@ def _expert(
 
 
 def moe_tensors(weights: "dict[str, Tensor]", parts: "dict[str, Tensor]") -> "dict[str, Tensor]":
-    """The whole demo in bf16 under Hugging Face names, from the dense weights in bf16.
+    """The whole demo under Hugging Face names, not yet rounded, from the dense weights in bf16.
 
     The output matrix is the embedding again, under its own name: llama.cpp's qwen2moe does not tie
     them.
     """
-    import torch
-
     embedding = weights["model.embed_tokens.weight"]
     made = {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding.clone()}
     made["model.norm.weight"] = parts["final_norm"]
@@ -107,7 +105,7 @@ def moe_tensors(weights: "dict[str, Tensor]", parts: "dict[str, Tensor]") -> "di
             name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)
         }
         made |= {prefix + name: tensor for name, tensor in moe_layer(block, parts, layer).items()}
-    return {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in made.items()}
+    return made
 
 
 def moe_config(common: dict[str, object]) -> dict[str, object]:
@@ -138,7 +136,8 @@ def fill_model_dir(folder: Path, *, offline: bool) -> None:
         reader = dense.open_gguf(Path(unpacked), offline=offline)
         weights = {name: t.to(torch.bfloat16) for name, t in dense.dense_tensors(reader).items()}
         dense.require_hash(weights, dense.TENSORS_SHA256, "the dense model")
-        tensors = moe_tensors(weights, load_file(CORRECTIONS))
+        exact = moe_tensors(weights, load_file(CORRECTIONS))
+        tensors = {name: t.to(torch.bfloat16).contiguous() for name, t in exact.items()}
         dense.require_hash(tensors, TENSORS_SHA256, "the MoE")
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         config = moe_config(dense.common_config(reader))

@@ -42,7 +42,7 @@ def require_exact(scale: Tensor, name: str) -> None:
 
 def pack(state: dict[str, Any]) -> dict[str, Tensor]:
     """The asset's tensors, from a checkpoint of `distill`."""
-    parameters: dict[str, Tensor] = state["parameters"]
+    parameters = {name: tensor.detach() for name, tensor in state["parameters"].items()}
     parts: dict[str, Tensor] = {"order": state["order"].to(torch.int16)}
     for name in ("router", "shared_gate", "norms", "final_norm"):
         parts[name] = parameters[name].to(torch.bfloat16)
