@@ -20,12 +20,11 @@ import numpy as np
 from mone_edge.criteria import CRITERIA
 from mone_edge.errors import MoneEdgeError, UsageError
 from mone_edge.paths import atomic_write
+from mone_edge.recipe import REPLACEMENTS, SCOPES
 from mone_edge.stats import ExpertStats, Float
 
 FORMAT = "mone-edge-plan"
 VERSION = 1
-SCOPES = ("layer", "model")
-REPLACEMENTS = ("mean", "zero", "drop")
 
 
 @dataclass(frozen=True)
