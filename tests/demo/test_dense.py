@@ -1,5 +1,6 @@
 """The dense base: fetching, the order of q and k, and a tokenizer equal to llama.cpp's."""
 
+import ast
 import hashlib
 import re
 import tempfile
@@ -66,7 +67,7 @@ def test_tokenizer_is_the_one_the_conversion_package_knows():
     found = re.search(r"chktxt = ('.*')", method)
     name = re.search(r'chkhsh == "(\w+)":\s+#.*\s+res = "smollm"', method)
     assert found and name
-    text = found.group(1)[1:-1].encode().decode("unicode_escape").encode("latin-1").decode()
+    text = ast.literal_eval(found.group(1))
     ids = AutoTokenizer.from_pretrained(demo.dense_model_dir()).encode(text)
     assert hashlib.sha256(str(ids).encode()).hexdigest() == name.group(1)
 
