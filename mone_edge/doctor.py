@@ -7,9 +7,10 @@ import sys
 from dataclasses import dataclass
 
 from mone_edge import runtime
+from mone_edge.errors import MoneEdgeError
 from mone_edge.paths import cache_dir
+from mone_edge.runtime.toolchain import find_toolchain
 
-BUILD_TOOLS = {"cmake": "cmake", "g++": "g++", "make": "make"}
 PACKAGES = {"torch": (2, 6), "transformers": (5, 20), "gguf": (0, 17), "safetensors": (0, 5)}
 CACHE_BYTES = 3 << 30  # source tree, build and demo model, with room to work
 MEMORY_BYTES = 2 << 30
@@ -30,7 +31,7 @@ def examine() -> list[Finding]:
     return [
         _python(),
         *(_package(name, least) for name, least in PACKAGES.items()),
-        *(_tool(name, package) for name, package in BUILD_TOOLS.items()),
+        _compilers(),
         _patcher(),
         _runtime(),
         _disk(),
@@ -54,15 +55,14 @@ def _package(name: str, least: tuple[int, int]) -> Finding:
     return Finding(name, numbers >= least, version, fix)
 
 
-def _tool(name: str, package: str) -> Finding:
-    found = shutil.which(name)
-    needed = not runtime.info().built
-    return Finding(
-        name,
-        bool(found) or not needed,
-        found or ("not found" if needed else "not found; needed only to build again"),
-        f"apt install {package} (or your system's package of that name)",
-    )
+def _compilers() -> Finding:
+    try:
+        found = find_toolchain()
+    except MoneEdgeError as error:
+        needed = not runtime.info().built
+        detail = str(error) if needed else f"{error} (needed only to build again)"
+        return Finding("compilers", not needed, detail, "then: mone-edge runtime build")
+    return Finding("compilers", True, f"{found.cmake}, {'ninja' if found.ninja else 'make'}")
 
 
 def _patcher() -> Finding:

@@ -1,4 +1,4 @@
-"""The patched runtime, built if it is not (minutes, once a machine)."""
+"""The patched `llama_cpp`, for the tests that call it."""
 
 from types import ModuleType
 
@@ -8,13 +8,7 @@ from mone_edge import runtime
 
 
 @pytest.fixture(scope="session")
-def patched_runtime() -> runtime.RuntimeInfo:
-    """What there is of the runtime, after a build."""
-    return runtime.build()
-
-
-@pytest.fixture(scope="session")
-def llama(patched_runtime: runtime.RuntimeInfo) -> ModuleType:
+def llama(built_runtime: runtime.RuntimeInfo) -> ModuleType:
     """The patched `llama_cpp`."""
-    assert patched_runtime.installed
+    assert built_runtime.installed
     return runtime.load()

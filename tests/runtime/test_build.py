@@ -261,23 +261,23 @@ def test_wheel(tmp_path: Path) -> None:
     assert f"{library},sha256=" in record
 
 
-def test_second_build_does_nothing(patched_runtime: runtime.RuntimeInfo) -> None:
+def test_second_build_does_nothing(built_runtime: runtime.RuntimeInfo) -> None:
     said: list[str] = []
-    assert runtime.build(offline=True, progress=said.append) == patched_runtime
+    assert runtime.build(offline=True, progress=said.append) == built_runtime
     assert said == []
-    assert patched_runtime.built and patched_runtime.patched and patched_runtime.installed
+    assert built_runtime.built and built_runtime.patched and built_runtime.installed
     assert (runtime.source_tree() / "conversion").is_dir()
     assert (runtime.source_tree() / "gguf-py").is_dir()
 
 
-def test_tools_start_from_anywhere(patched_runtime: runtime.RuntimeInfo, tmp_path: Path) -> None:
+def test_tools_start_from_anywhere(built_runtime: runtime.RuntimeInfo, tmp_path: Path) -> None:
     """The libraries are found by the tools' own place, also when that moves."""
     moved = tmp_path / "moved"
     moved.mkdir()
     for part in ("bin", "lib"):
-        (moved / part).symlink_to(patched_runtime.root / part)
+        (moved / part).symlink_to(built_runtime.root / part)
     environment = {k: v for k, v in os.environ.items() if k != "LD_LIBRARY_PATH"}
-    for name in patched_runtime.tools:
+    for name in built_runtime.tools:
         command = [str(moved / "bin" / name), "--help"]
         done = subprocess.run(command, cwd="/", env=environment, capture_output=True, check=False)
         assert b"usage" in (done.stdout + done.stderr).lower(), name

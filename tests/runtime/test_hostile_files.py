@@ -69,13 +69,13 @@ WRONG_KEYS = {
 
 
 @pytest.mark.parametrize("name", WRONG_KEYS)
-def test_wrong_key(patched_runtime: runtime.RuntimeInfo, tmp_path: Path, name: str) -> None:
+def test_wrong_key(built_runtime: runtime.RuntimeInfo, tmp_path: Path, name: str) -> None:
     add, reason = WRONG_KEYS[name]
     log = load_in_subprocess(with_key(tmp_path / "m.gguf", add))
     assert re.search(reason, log), log[-1500:]
 
 
-def test_no_experts(patched_runtime: runtime.RuntimeInfo, tmp_path: Path) -> None:
+def test_no_experts(built_runtime: runtime.RuntimeInfo, tmp_path: Path) -> None:
     model = tiny.random_model("llama")
     keys = {k: v for k, v in model.keys.items() if not k.startswith("expert_")}
     path = tiny.write(tmp_path / "m.gguf", replace(model, keys=keys), kept=KEPT, bias_type=None)
@@ -84,7 +84,7 @@ def test_no_experts(patched_runtime: runtime.RuntimeInfo, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("arch", ["llama4", "grovemoe"])
 def test_refused_architecture(
-    patched_runtime: runtime.RuntimeInfo, tmp_path: Path, arch: str
+    built_runtime: runtime.RuntimeInfo, tmp_path: Path, arch: str
 ) -> None:
     model = replace(tiny.pruned(tiny.random_model("olmoe"), KEPT), arch=arch)
     log = load_in_subprocess(tiny.write(tmp_path / "m.gguf", model, kept=KEPT))
@@ -93,7 +93,7 @@ def test_refused_architecture(
 
 @pytest.mark.parametrize("shape", [(tiny.N_EXPERTS - 1, tiny.N_EMBD), (tiny.N_EXPERTS, 32), (64,)])
 def test_bias_of_wrong_shape(
-    patched_runtime: runtime.RuntimeInfo, tmp_path: Path, shape: tuple[int, ...]
+    built_runtime: runtime.RuntimeInfo, tmp_path: Path, shape: tuple[int, ...]
 ) -> None:
     model = tiny.pruned(tiny.random_model("olmoe"), KEPT)
     model.bias[1] = np.zeros(shape, np.float32)
@@ -101,7 +101,7 @@ def test_bias_of_wrong_shape(
     assert "'blk.1.ffn_down_exps.bias' has wrong shape" in log
 
 
-def test_bias_of_wrong_type(patched_runtime: runtime.RuntimeInfo, tmp_path: Path) -> None:
+def test_bias_of_wrong_type(built_runtime: runtime.RuntimeInfo, tmp_path: Path) -> None:
     model = tiny.pruned(tiny.random_model("olmoe"), KEPT)
     path = tiny.write(tmp_path / "m.gguf", model, kept=KEPT, bias_type=np.float64)
     assert "has type f64; expected f32 or f16" in load_in_subprocess(path)
@@ -130,7 +130,7 @@ def write_adapter(path: Path, tensor: str, *shape: int) -> Path:
     return tiny.finish(writer, path)
 
 
-def test_adapters(patched_runtime: runtime.RuntimeInfo, tmp_path: Path) -> None:
+def test_adapters(built_runtime: runtime.RuntimeInfo, tmp_path: Path) -> None:
     """One for attention is taken, one for pruned experts is refused by name."""
     model = tiny.pruned(tiny.random_model("olmoe"), KEPT)
     path = tiny.write(tmp_path / "m.gguf", model, kept=KEPT)
