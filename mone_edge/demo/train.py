@@ -1,18 +1,17 @@
-"""Make the demo model anew: dense SmolLM2 -> experts and routers -> distillation -> one small
-asset.
+"""Make the demo model anew: dense SmolLM2 -> experts and routers -> corrections -> a small asset.
 
 The shipped asset was made with exactly these commands, on 2 cores, torch 2.13, in PACKAGES the text
 packages that `mone_edge.demo.training.texts.SOURCES` says how to get:
 
     python -m mone_edge.demo.train texts --packages PACKAGES
-    python -m mone_edge.demo.train layerwise --work WORK --packages PACKAGES
-    python -m mone_edge.demo.train refit --work WORK --packages PACKAGES
-    python -m mone_edge.demo.train distill --work WORK --packages PACKAGES
-    python -m mone_edge.demo.train pack --work WORK
+    python -m mone_edge.demo.train layerwise --work WORK --packages PACKAGES --seed 2
+    python -m mone_edge.demo.train refit --work WORK --packages PACKAGES --seed 2
+    python -m mone_edge.demo.train pack --work WORK --checkpoint refitted.pt
 
-A stage reads what the one before left in WORK. `distill` goes on from its last checkpoint if it is
-started again. Training is not reproducible to the bit across machines; what is made from the asset
-is (see `build.py`).
+A stage reads what the one before left in WORK. `distill`, between `refit` and `pack`, trains
+routers, norms and corrections end to end; it goes on from its last checkpoint if it is started
+again. Training is not reproducible to the bit across machines; what is made from the asset is (see
+`build.py`).
 """
 
 import argparse
@@ -31,7 +30,13 @@ def load_student(state: dict[str, Any] | None) -> Any:
     import torch
     from safetensors.torch import load_file
 
-    from mone_edge.demo.training.model import Shape, Student, load_dense, reorder
+    from mone_edge.demo.training.model import (
+        Shape,
+        Student,
+        load_dense,
+        reorder,
+        set_down_correction,
+    )
 
     student = Student(Shape())
     load_dense(student, load_file(dense_model_dir() / "model.safetensors"))
@@ -41,6 +46,10 @@ def load_student(state: dict[str, Any] | None) -> Any:
         with torch.no_grad():
             for name, parameter in student.named_parameters():
                 parameter.copy_(state["parameters"][name])
+        for layer, (codes, scale) in enumerate(
+            zip(state["down_codes"], state["down_scale"], strict=True)
+        ):
+            set_down_correction(student, layer, codes, scale)
     return student
 
 
@@ -119,7 +128,7 @@ def pack(arguments: argparse.Namespace) -> None:
     from mone_edge.demo.build import CORRECTIONS
     from mone_edge.demo.training.pack import pack as packed
 
-    state = torch.load(arguments.work / "distilled.pt", weights_only=True)
+    state = torch.load(arguments.work / arguments.checkpoint, weights_only=True)
     save_file(packed(state), arguments.asset or CORRECTIONS)
 
 
@@ -146,8 +155,9 @@ def main() -> None:
         default=128,
         help="how many sequences layerwise fits on; distill leaves them out",
     )
-    parser.add_argument("--refit-sequences", type=int, default=400)
+    parser.add_argument("--refit-sequences", type=int, default=320)
     parser.add_argument("--seconds", type=float, default=3000, help="distill: how long, in all")
+    parser.add_argument("--checkpoint", default="distilled.pt", help="pack: which, in WORK")
     parser.add_argument(
         "--asset", type=Path, help="pack: where to, instead of over the one that ships"
     )

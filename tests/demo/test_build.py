@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2MoeConfig, Qw
 from mone_edge import demo
 from mone_edge.demo import build, dense
 from mone_edge.demo.perplexity import compare
-from mone_edge.demo.training.model import Shape, reorder
-from mone_edge.demo.training.pack import pack, quantise, require_exact
+from mone_edge.demo.training.layerwise import four_bits
+from mone_edge.demo.training.model import Shape, Student, reorder, set_down_correction
+from mone_edge.demo.training.pack import pack, quantise, require_exact, two_in_a_byte
 from mone_edge.errors import MoneEdgeError
 from tests.demo import tiny_student
 
@@ -37,8 +39,9 @@ def test_checkpoint_computes_what_the_student_computed():
             if name.endswith("_up"):
                 parameter.normal_(std=0.02, generator=generator)
         student.shared_gate.normal_(generator=generator)
-    state = {"order": student.order, "parameters": dict(student.named_parameters())}
-    parts = pack(state)
+        for layer in range(shape.layers):
+            set_down_correction(student, layer, *random_codes(shape, generator))
+    parts = pack(state_of(student))
     with torch.no_grad():  # the student as packed
         for name, parameter in student.named_parameters():
             factor, _, side = name.rpartition("_")
@@ -80,6 +83,25 @@ def test_checkpoint_computes_what_the_student_computed():
     assert (other - wanted).square().mean() / wanted.square().mean() > 10 * error
 
 
+def state_of(student: Student) -> dict[str, Any]:
+    """What a checkpoint of the training holds."""
+    state: dict[str, Any] = {"order": student.order, "parameters": dict(student.named_parameters())}
+    return state | {"down_codes": student.down_codes, "down_scale": student.down_scale}
+
+
+def random_codes(shape: Shape, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    correction = torch.randn(shape.hidden, shape.neurons, generator=generator) * 0.02
+    codes, scale = four_bits(correction)
+    assert (codes.float() * scale.float() - correction).norm() / correction.norm() < 0.2
+    return codes, scale
+
+
+def test_two_codes_in_a_byte_come_back():
+    codes = torch.arange(-8, 8, dtype=torch.int8).repeat(1, 3, 1)
+    parts = {"down.codes": two_in_a_byte(codes), "down.scale": torch.full((1, 16), 0.5)}
+    assert torch.equal(build.down_correction(parts, 0), codes[0].double() / 2)
+
+
 def load_into(model: Qwen2MoeForCausalLM, tensors: dict[str, torch.Tensor]) -> set[str]:
     """Fill a model from per-expert tensors, as transformers does from disk; returns misfits."""
     filled = dict(tensors)
@@ -101,7 +123,7 @@ def test_corrections_do_not_depend_on_the_order_of_sums():
     """The claim of `build.py`: float64 holds the products exactly, in any order."""
     parts = load_file(build.CORRECTIONS)
     turned = dict(parts)
-    for name in ("qkv", "o", "gate_up", "down"):
+    for name in ("qkv", "o", "gate_up"):
         turned[f"{name}.up"] = parts[f"{name}.up"].flip(2)
         turned[f"{name}.scale"] = parts[f"{name}.scale"].flip(1)
         turned[f"{name}.down"] = parts[f"{name}.down"].flip(1)
@@ -109,7 +131,7 @@ def test_corrections_do_not_depend_on_the_order_of_sums():
             one, other = (build.correction(p, name, layer) for p in (parts, turned))
             assert torch.equal(one, other)
         require_exact(parts[f"{name}.scale"], name)
-    assert float(build.correction(parts, "down", 3).abs().max()) > 0
+    assert float(build.down_correction(parts, 3).abs().max()) > 0
 
 
 def test_scales_too_far_apart_are_refused():
@@ -130,7 +152,7 @@ def test_a_dead_shared_gate_is_refused():
     student = tiny_student.student(shape=replace(tiny_student.SHAPE))
     with torch.no_grad():
         student.shared_gate[1] = 0
-    state = {"order": student.order, "parameters": dict(student.named_parameters())}
+    state = state_of(student)
     with pytest.raises(MoneEdgeError, match="shared gate"):
         pack(state)
 

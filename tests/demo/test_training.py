@@ -81,6 +81,15 @@ def test_reduced_rank_recovers_a_planted_correction():
     torch.testing.assert_close(down.norm(dim=1), torch.ones(3))
 
 
+def test_full_rank_is_ridge_regression():
+    generator = torch.Generator().manual_seed(0)
+    x, planted = torch.randn(99, 6, generator=generator), torch.randn(4, 6, generator=generator)
+    found = layerwise.full_rank(x.T @ x, (x @ planted.T).T @ x, 1e-9)
+    torch.testing.assert_close(found, planted, rtol=1e-4, atol=1e-5)
+    shrunk = layerwise.full_rank(x.T @ x, (x @ planted.T).T @ x, 10.0)
+    assert shrunk.norm() < 0.2 * planted.norm()
+
+
 def test_router_learns_which_experts_matter():
     """Experts whose output is as large as one input coordinate says: the router must find that."""
     generator = torch.Generator().manual_seed(0)
@@ -134,15 +143,22 @@ def test_layerwise_then_distillation_bring_the_student_nearer(tmp_path: Path):
     errors = layerwise.convert_layers(student, tokens, settings, 0)
     assert len(errors) == 2
     assert all(error < 1 for error in errors)
-    fitted = distance()
-    assert fitted < untrained
+    assert distance() < untrained
+    layerwise.refit_down(student, tokens, settings)
+    assert student.down_codes.abs().max() == 7
+    refitted = distance()
+    assert refitted < untrained
 
+    with torch.no_grad():
+        student.norms *= 1.2
+    disturbed = distance()
+    assert disturbed > refitted
     checkpoint = tmp_path / "checkpoint.pt"
     save_checkpoint(checkpoint, student, None, 0, 0.0)
     state = torch.load(checkpoint, weights_only=True)
     fast = DistillSettings(warmup_steps=1, learning_rate=1e-3, head_chunk_tokens=128)
     steps = distill(student, tokens, fast, checkpoint, 2.0, state)
-    assert distance() < fitted
+    assert distance() < disturbed
 
     state = torch.load(checkpoint, weights_only=True)
     assert distill(student, tokens, fast, checkpoint, 2.5, state) > steps

@@ -28,7 +28,6 @@ class DistillSettings:
     sequences_per_step: int = 4
     warmup_steps: int = 8
     learning_rate: float = 6e-5
-    down_learning_rate: float = 1e-4
     router_learning_rate: float = 1.5e-4
     norm_learning_rate: float = 3e-5
     stream_weight: float = 2.0
@@ -68,10 +67,6 @@ def stream_error(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
 
 def optimiser_for(student: Student, settings: DistillSettings) -> torch.optim.Adam:
     special = {
-        "down_up": settings.down_learning_rate,
-        "down_down": settings.down_learning_rate / 40,
-    }
-    special |= {
         "router": settings.router_learning_rate,
         "shared_gate": settings.router_learning_rate,
     }
@@ -115,6 +110,7 @@ def save_checkpoint(
 ) -> None:
     """Everything but the dense weights, atomically."""
     state: dict[str, Any] = {"step": step, "seconds": seconds, "order": student.order}
+    state |= {"down_codes": student.down_codes, "down_scale": student.down_scale}
     state["parameters"] = {
         name: parameter.detach() for name, parameter in student.named_parameters()
     }

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mone_edge.demo.training.model import Student, expert_mask, reorder
+from mone_edge.demo.training.model import Student, expert_mask, reorder, set_down_correction
 
 log = logging.getLogger(__name__)
 
@@ -157,6 +157,21 @@ def reduced_rank(gram: Tensor, cross: Tensor, rank: int, ridge: float) -> tuple[
     return (left[:, :rank] * values[:rank] * length).float(), (down / length[:, None]).float()
 
 
+def full_rank(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
+    """The correction [out, in] that ridge regression finds; arguments as of `reduced_rank`."""
+    gram = gram.double()
+    gram.diagonal().add_(ridge * gram.diagonal().mean())
+    root = torch.linalg.cholesky(gram)
+    return torch.cholesky_solve(cross.double().T, root).T.float()
+
+
+def four_bits(correction: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes from -7 to 7 (int8, same shape) and one scale (bf16) for each column."""
+    scale = (correction.abs().amax(dim=0) / 7).clamp_min(1e-12).to(torch.bfloat16)
+    codes = (correction / scale.float()).round().clamp(-7, 7).to(torch.int8)
+    return codes, scale
+
+
 def _chunks(stream: Tensor, size: int) -> Iterator[slice]:
     return (slice(i, i + size) for i in range(0, stream.shape[0], size))
 
@@ -216,9 +231,8 @@ def convert_layers(
             gram += weighted.T @ weighted
             cross += missing.to(student.dtype).T @ gated
         del hidden
-        student.down_up[layer], student.down_down[layer] = reduced_rank(
-            gram, cross, s.ffn_rank, settings.ridge
-        )
+        up, across = reduced_rank(gram, cross, s.first_fit_rank, settings.ridge)
+        student.w_down_fitted[layer] = (down.float() + up @ across).to(student.dtype)
         for part in _chunks(stream, settings.chunk):
             stream[part] += student.ffn(layer, stream[part])
         left = (teacher - stream).flatten(0, 1).square().sum(-1) * weight
@@ -262,10 +276,11 @@ def refit_down(student: Student, tokens: Tensor, settings: LayerwiseSettings) ->
             gram.addmm_(weighted.T, weighted)
             cross.addmm_((missing * root).T, weighted)
             kept.append(gated)
-        up, across = reduced_rank(gram, cross, s.ffn_rank, settings.ridge)
-        student.down_up[layer], student.down_down[layer] = up, across
+        codes, scale = four_bits(full_rank(gram, cross, settings.ridge))
+        set_down_correction(student, layer, codes, scale)
+        change_of_down = (codes.float() * scale.float()).to(student.dtype)
         for part, gated in zip(_chunks(stream, settings.chunk), kept, strict=True):
-            change = F.linear(F.linear(gated, across.to(student.dtype)), up.to(student.dtype))
+            change = F.linear(gated, change_of_down)
             stream[part] += change.view_as(stream[part]).float()
         relative = (teacher - stream).square().sum(-1) / teacher.square().sum(-1)
         errors.append(relative.mean().item())

@@ -29,8 +29,9 @@ class Shape:
     experts: int = 24
     expert_width: int = 32
     top_k: int = 12
-    ffn_rank: int = 64
-    attention_rank: int = 32
+    first_fit_rank: int = 64
+    gate_up_rank: int = 16
+    attention_rank: int = 8
 
     @property
     def shared(self) -> int:
@@ -79,6 +80,9 @@ class Student(nn.Module):
     w_o: Tensor  # [layers, hidden, heads * head_width]
     w_gate_up: Tensor  # [layers, 2 * neurons, hidden], gate first
     w_down: Tensor  # [layers, hidden, neurons]
+    w_down_fitted: Tensor  # the student's: w_down + down_codes * down_scale, rounded
+    down_codes: Tensor  # [layers, hidden, neurons], int8 from -7 to 7
+    down_scale: Tensor  # [layers, neurons], bf16
     dense_norms: Tensor  # [layers, 2, hidden]: before attention, before the FFN
     dense_final_norm: Tensor
     order: Tensor  # [layers, neurons]: which dense neuron stands where
@@ -96,6 +100,11 @@ class Student(nn.Module):
         frozen("w_o", s.layers, s.hidden, s.heads * s.head_width)
         frozen("w_gate_up", s.layers, 2 * s.neurons, s.hidden)
         frozen("w_down", s.layers, s.hidden, s.neurons)
+        frozen("w_down_fitted", s.layers, s.hidden, s.neurons)
+        codes = torch.zeros(s.layers, s.hidden, s.neurons, dtype=torch.int8)
+        self.register_buffer("down_codes", codes)
+        scale = torch.zeros(s.layers, s.neurons, dtype=torch.bfloat16)
+        self.register_buffer("down_scale", scale)
         self.register_buffer("dense_norms", torch.ones(s.layers, 2, s.hidden))
         self.register_buffer("dense_final_norm", torch.ones(s.hidden))
         self.register_buffer("order", torch.arange(s.neurons).repeat(s.layers, 1))
@@ -107,8 +116,9 @@ class Student(nn.Module):
         self.o_up, self.o_down = low_rank(
             s.layers, s.hidden, s.heads * s.head_width, s.attention_rank
         )
-        self.gate_up_up, self.gate_up_down = low_rank(s.layers, 2 * s.neurons, s.hidden, s.ffn_rank)
-        self.down_up, self.down_down = low_rank(s.layers, s.hidden, s.neurons, s.ffn_rank)
+        self.gate_up_up, self.gate_up_down = low_rank(
+            s.layers, 2 * s.neurons, s.hidden, s.gate_up_rank
+        )
 
     def rotary(self, tokens: int) -> tuple[Tensor, Tensor]:
         s = self.shape
@@ -118,6 +128,8 @@ class Student(nn.Module):
         return angle.cos().to(self.dtype), angle.sin().to(self.dtype)
 
     def _linear(self, name: str, layer: int, x: Tensor, dense: bool) -> Tensor:
+        if name == "down" and not dense:
+            return F.linear(x, self.w_down_fitted[layer])
         y = F.linear(x, getattr(self, f"w_{name}")[layer])
         if dense:
             return y
@@ -214,6 +226,7 @@ def load_dense(student: Student, weights: dict[str, Tensor]) -> None:
             [block["mlp.gate_proj.weight"], block["mlp.up_proj.weight"]]
         )
         student.w_down[layer] = block["mlp.down_proj.weight"]
+        student.w_down_fitted[layer] = student.w_down[layer]
         student.dense_norms[layer, 0] = block["input_layernorm.weight"]
         student.dense_norms[layer, 1] = block["post_attention_layernorm.weight"]
     with torch.no_grad():
@@ -228,3 +241,12 @@ def reorder(student: Student, layer: int, order: Tensor) -> None:
     student.w_gate_up[layer] = student.w_gate_up[layer][both]
     student.w_down[layer] = student.w_down[layer][:, order]
     student.order[layer] = student.order[layer][order]
+    student.w_down_fitted[layer] = student.w_down_fitted[layer][:, order]
+
+
+def set_down_correction(student: Student, layer: int, codes: Tensor, scale: Tensor) -> None:
+    """Give `down_proj` a correction: codes [hidden, neurons] int8 times scale [neurons]."""
+    student.down_codes[layer] = codes
+    student.down_scale[layer] = scale
+    fitted = student.w_down[layer].double() + codes.double() * scale.double()
+    student.w_down_fitted[layer] = fitted.to(student.dtype)

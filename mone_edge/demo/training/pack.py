@@ -1,5 +1,4 @@
-"""A trained student as the asset that ships: int8 factors, one bf16 scale per rank, everything else
-bf16.
+"""A trained student as the asset that ships: codes of 4 bits and int8 factors, the rest bf16.
 
 What `build.py` makes of the asset must not depend on the machine. A product of factors is a sum of
 int8 * int8 * bf16, and float64 holds it exactly as long as the scales of one matrix lie within
@@ -14,7 +13,7 @@ from torch import Tensor
 from mone_edge.errors import MoneEdgeError
 
 LARGEST_SCALE_SPREAD = 2.0**24
-FACTORS = ("qkv", "o", "gate_up", "down")
+FACTORS = ("qkv", "o", "gate_up")
 
 
 def quantise(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,6 +39,12 @@ def require_exact(scale: Tensor, name: str) -> None:
         )
 
 
+def two_in_a_byte(codes: Tensor) -> Tensor:
+    """Codes from -8 to 7 [..., neurons] as bytes [..., neurons / 2]; `build.py` undoes it."""
+    shifted = (codes + 8).to(torch.uint8)
+    return shifted[..., 0::2] | shifted[..., 1::2] << 4
+
+
 def pack(state: dict[str, Any]) -> dict[str, Tensor]:
     """The asset's tensors, from a checkpoint of `distill`."""
     parameters = {name: tensor.detach() for name, tensor in state["parameters"].items()}
@@ -48,6 +53,8 @@ def pack(state: dict[str, Any]) -> dict[str, Tensor]:
         parts[name] = parameters[name].to(torch.bfloat16)
     if not bool(parts["shared_gate"].float().abs().amax(dim=1).all()):
         raise MoneEdgeError("a shared gate is all zero: llama.cpp divides by its logit")
+    parts["down.codes"] = two_in_a_byte(state["down_codes"])
+    parts["down.scale"] = state["down_scale"]
     for name in FACTORS:
         up, down, scale = quantise(parameters[f"{name}_up"], parameters[f"{name}_down"])
         require_exact(scale, name)
