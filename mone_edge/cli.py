@@ -12,7 +12,7 @@ from typing import NoReturn
 import click
 
 from mone_edge import __version__
-from mone_edge.errors import MoneEdgeError
+from mone_edge.errors import MoneEdgeError, Resumable
 
 INTERRUPTED = 130
 
@@ -77,8 +77,11 @@ def run(arguments: list[str]) -> int:
     except click.ClickException as error:
         _complain(error.format_message())
         return 1
-    except (KeyboardInterrupt, click.Abort):
-        _complain(f"interrupted; again with: mone-edge {shlex.join(arguments)}")
+    except (KeyboardInterrupt, click.Abort) as error:
+        goes_on = isinstance(error.__cause__ or error, Resumable)
+        again = [*arguments, "--resume"] if goes_on and "--resume" not in arguments else arguments
+        verb = "go on" if goes_on else "again"
+        _complain(f"interrupted; {verb} with: mone-edge {shlex.join(again)}")
         return INTERRUPTED
     except MoneEdgeError as error:
         _complain(str(error))
