@@ -8,10 +8,12 @@ import dataclasses
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mone_edge import __version__, convert
+from mone_edge.collect.work import Work
 from mone_edge.conversion import open_checkpoint
 from mone_edge.model_file import ModelFile
 from mone_edge.paths import cache_dir
@@ -19,6 +21,9 @@ from mone_edge.plan import PrunePlan, make_plan
 from mone_edge.recipe import Calibration, Recipe
 from mone_edge.source import Source
 from mone_edge.stats import ExpertStats, LayerStats, Provenance, file_sha256
+
+if TYPE_CHECKING:
+    from mone_edge.calibration import Batches
 
 Progress = Callable[[int, int], None]
 Say = Callable[[str], None]
@@ -30,12 +35,18 @@ def calibrate(
     *,
     device: str = "auto",
     offline: bool = False,
+    sequential: bool = False,
+    work: Work | None = None,
     progress: Progress | None = None,
     warn: Say = lambda message: None,
 ) -> ExpertStats:
-    """Measure every expert on calibration text (torch)."""
+    """Measure every expert on calibration text (torch).
+
+    Args:
+        sequential: keep one layer's weights in memory; needs `work`.
+        work: where what is finished is kept until the caller has saved the statistics.
+    """
     from mone_edge import calibration as text
-    from mone_edge.collect.torch_model import collect
 
     batches = text.load(
         calibration.data,
@@ -47,14 +58,7 @@ def calibrate(
     )
     if batches.short:
         warn(batches.short)
-    stats = collect(
-        source.path,
-        batches,
-        model=source.name,
-        fingerprint=source.fingerprint,
-        device=device,
-        on_progress=progress,
-    )
+    stats = _measure(source, batches, device, sequential, work, progress)
     if unseen := stats.unseen():
         experts = sum(layer.num_experts for layer in stats.layers.values())
         warn(
@@ -62,6 +66,39 @@ def calibrate(
             "they count as redundant: calibrate on more or other text (--samples, --data)"
         )
     return stats
+
+
+def _measure(
+    source: Source,
+    batches: "Batches",
+    device: str,
+    sequential: bool,
+    work: Work | None,
+    progress: Progress | None,
+) -> ExpertStats:
+    if sequential:
+        from mone_edge.collect.sequential import collect_sequential
+
+        assert work is not None
+        return collect_sequential(source, batches, work, device=device, on_progress=progress)
+    from mone_edge.collect.torch_model import collect
+
+    return collect(
+        source.path,
+        batches,
+        model=source.name,
+        fingerprint=source.fingerprint,
+        device=device,
+        work=work,
+        on_progress=progress,
+    )
+
+
+def fits(source: Source, device: str = "auto") -> bool:
+    """Whether the whole model has room in the memory."""
+    from mone_edge.collect import loading
+
+    return loading.fits(source.path, loading.choose_device(device))
 
 
 def cached_stats(source: Source, calibration: Calibration) -> Path:

@@ -177,27 +177,42 @@ def _decide(
             console.info(f"statistics from {stats}")
             measured = ExpertStats.load(stats)
         else:
-            measured = _measure(console, source, recipe, device, offline)
             stats.parent.mkdir(parents=True, exist_ok=True)
-            measured.save(stats)
+            measured = _measure(console, source, recipe, stats, device, offline)
     decided = pipeline.plan_from_stats(recipe, measured, stats) if recipe.prune_ratio else None
     return measured, decided
 
 
 def _measure(
-    console: Console, source: "Source", recipe: "Recipe", device: str, offline: bool
+    console: Console,
+    source: "Source",
+    recipe: "Recipe",
+    outfile: Path,
+    device: str,
+    offline: bool,
 ) -> "ExpertStats":
+    """Measure and save; an interrupted run goes on when the same command runs again."""
     from mone_edge import pipeline
+    from mone_edge.collect.work import Work, discard, work_path
 
+    work = Work(work_path(outfile), resume=True, restart=True)
+    sequential = not pipeline.fits(source, device)
+    if sequential:
+        console.info("the model is larger than the memory: calibrating one layer at a time")
     with console.progress("calibrating", "seq") as progress:
-        return pipeline.calibrate(
+        stats = pipeline.calibrate(
             source,
             recipe.calibration,
             device=device,
             offline=offline,
+            sequential=sequential,
+            work=work,
             progress=progress,
             warn=console.warn,
         )
+    stats.save(outfile)
+    discard(work.path)
+    return stats
 
 
 def _stats_of_plan(plan: "PrunePlan", given: Path | None) -> "ExpertStats | None":
