@@ -4,6 +4,7 @@ Local files only, safetensors only, no code from the checkpoint. Also the way ba
 of modules in memory to the names of weights in the checkpoint.
 """
 
+import importlib
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from mone_edge.errors import MoneEdgeError, UsageError
+from mone_edge.source import PRUNED_METHOD
 
 MEMORY_SHARE = 0.85  # of the memory that weights may take; the rest is activations and sums
 _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -40,6 +42,8 @@ def load_model(
 
     if not (model_dir / "config.json").is_file():
         raise MoneEdgeError(f"{model_dir} is not a checkpoint folder: it has no config.json")
+    if _is_pruned(model_dir):
+        importlib.import_module("mone_edge.pruned_model")  # registers its loader
     place = choose_device(device)
     precision = torch_dtype(dtype) if dtype != "auto" else choose_dtype(model_dir, place)
     try:
@@ -103,6 +107,11 @@ def stored_dtype(model_dir: Path) -> str:
     config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
     stored = config.get("dtype") or config.get("torch_dtype") or "float32"
     return stored if stored in _ITEM_BYTES else "bfloat16"
+
+
+def _is_pruned(model_dir: Path) -> bool:
+    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    return bool((config.get("quantization_config") or {}).get("quant_method") == PRUNED_METHOD)
 
 
 def _weight_bytes(model_dir: Path) -> int:

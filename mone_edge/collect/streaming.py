@@ -7,7 +7,7 @@ Uses internals of transformers (`convert_and_load_state_dict_in_model`), so its 
 pinned in pyproject.toml.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import cached_property
 from typing import Any
@@ -18,7 +18,7 @@ from torch import nn
 from mone_edge.collect.experts import experts_modules, model_type
 from mone_edge.collect.loading import LOAD_ERRORS, first_line, quiet
 from mone_edge.errors import MoneEdgeError
-from mone_edge.source import Source
+from mone_edge.source import Source, item_bytes
 
 OUTSIDE = ""  # the part of the model that is no layer: embeddings, norm, output head
 
@@ -32,7 +32,7 @@ class StreamedModel:
 
     def __init__(self, source: Source, device: torch.device, dtype: torch.dtype) -> None:
         self.source, self.device, self.dtype = source, device, dtype
-        self.model = _on_meta(source, dtype)
+        self.model = on_meta(source, dtype)
         self.layers = _layers(self.model)
         self.blocks = {
             i: self.part_of(name) for i, (name, _) in experts_modules(self.model).items()
@@ -66,21 +66,8 @@ class StreamedModel:
     @cached_property
     def keys(self) -> Mapping[str, list[str]]:
         """Checkpoint keys of every part."""
-        from transformers.core_model_loading import (
-            WeightConverter,
-            WeightRenaming,
-            rename_source_key,
-        )
-
-        mapping = self._load_config.weight_mapping
-        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        known = self.model.state_dict()
         parts: dict[str, list[str]] = {name: [] for name in (OUTSIDE, *self.layers)}
-        for key in self.source.tensors:
-            name, _ = rename_source_key(
-                key, renamings, converters, self.model.base_model_prefix, known
-            )
+        for key, name in module_names(self.model, self.source.tensors).items():
             parts[self.part_of(name)].append(key)
         return parts
 
@@ -166,13 +153,24 @@ class StreamedModel:
             )
 
 
-def item_bytes(dtype: str) -> int:
-    """Bytes of one value, from safetensors' name of the type ("BF16", "F8_E4M3")."""
-    digits = "".join(c for c in dtype.partition("_")[0] if c.isdigit())
-    return max(1, int(digits or 8) // 8)
+def module_names(model: Any, keys: Iterable[str]) -> dict[str, str]:
+    """Where transformers loads each checkpoint key: the name of a parameter in the model."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    known, prefix = model.state_dict(), model.base_model_prefix
+    return {key: rename_source_key(key, renamings, converters, prefix, known)[0] for key in keys}
 
 
-def _on_meta(source: Source, dtype: torch.dtype) -> Any:
+def on_meta(source: Source, dtype: torch.dtype = torch.float32) -> Any:
+    """The causal language model of a checkpoint's config, without weights.
+
+    Raises:
+        MoneEdgeError: transformers cannot build it.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
