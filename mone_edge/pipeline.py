@@ -4,23 +4,21 @@ In: a `Source` and a `Recipe`. Out: what each stage makes. Statistics are kept i
 what they were measured on, so that another ratio, method or type needs no new calibration.
 """
 
-import dataclasses
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from mone_edge import __version__, convert
 from mone_edge.collect.work import Work
 from mone_edge.conversion import open_checkpoint
+from mone_edge.errors import MoneEdgeError
 from mone_edge.model_file import ModelFile
 from mone_edge.paths import cache_dir
 from mone_edge.plan import PrunePlan, make_plan
 from mone_edge.recipe import Calibration, Recipe
 from mone_edge.source import Source
-from mone_edge.stats import ExpertStats, LayerStats, Provenance, file_sha256
+from mone_edge.stats import ExpertStats, LayerStats, Provenance, empty_layer, file_sha256
 
 if TYPE_CHECKING:
     from mone_edge.calibration import Batches
@@ -48,6 +46,8 @@ def calibrate(
     """
     from mone_edge import calibration as text
 
+    if source.is_pruned:
+        raise MoneEdgeError(f"{source.name} is pruned already: measure the model it was made from")
     batches = text.load(
         calibration.data,
         text.load_tokenizer(source.path),
@@ -125,16 +125,36 @@ def plan_from_stats(recipe: Recipe, stats: ExpertStats, path: Path) -> PrunePlan
     )
 
 
-def rehearse(source: Source, recipe: Recipe, outfiles: dict[str, Path]) -> list[convert.Job]:
+def stats_of_plan(plan: PrunePlan, given: Path | None) -> ExpertStats | None:
+    """The statistics that a plan was made from: the file given, else the one it names.
+
+    Raises:
+        MoneEdgeError: its novices need them and the file is not there, or is another one.
+    """
+    path = given or (Path(plan.stats_path) if plan.stats_path else None)
+    if path is None or not path.is_file():
+        if plan.replacement != "mean":
+            return None
+        raise MoneEdgeError(
+            f"the plan's novices come from {path or 'a statistics file'}, which is not there; "
+            "name it with --stats"
+        )
+    if plan.stats_sha256 and file_sha256(path) != plan.stats_sha256:
+        raise MoneEdgeError(f"{path} is not the statistics file that the plan was made from")
+    return ExpertStats.load(path)
+
+
+def rehearse(
+    source: Source, recipe: Recipe, outfiles: dict[str, Path], plan: PrunePlan | None = None
+) -> list[convert.Job]:
     """All that `convert` does before it reads weights, on statistics of the right shape.
 
-    Sizes are those of the real run (with `--scope model`, of the same number of experts), and
-    what cannot work is refused here, before minutes of calibration.
+    Sizes are those of the real run (with `--scope model` and no plan yet, of the same number of
+    experts), and what cannot work is refused here, before minutes of calibration.
     """
     model = open_checkpoint(source, tokenizer_pre=recipe.tokenizer_pre)
     stats = _shape_of_stats(source, model)
-    plan = None
-    if recipe.prune_ratio:
+    if plan is None and recipe.prune_ratio:
         plan = make_plan(
             stats,
             prune_ratio=recipe.prune_ratio,
@@ -151,21 +171,7 @@ def _shape_of_stats(source: Source, model: ModelFile) -> ExpertStats:
     for layer in range(model.num_layers):
         down = model.tensors.get(convert.EXPERT_TENSOR.format(layer=layer, part="down"))
         if down is not None:
-            layers[layer] = _empty_layer(*down.shape, top_k=source.top_k)
-    return ExpertStats(Provenance(source.name, source.fingerprint, source.architecture), layers)
-
-
-def _empty_layer(experts: int, width: int, inner: int, *, top_k: int) -> LayerStats:
-    columns = {
-        "output_mean": width,
-        "output_m2": width,
-        "gate_sq_mean": width,
-        "input_sq_sum": width,
-        "inner_sq_sum": inner,
-    }
-    arrays = {
-        f.name: np.zeros((experts, columns[f.name]) if f.name in columns else experts)
-        for f in dataclasses.fields(LayerStats)
-        if f.name not in ("tokens", "top_k", "count")
-    }
-    return LayerStats(tokens=0, top_k=top_k, count=np.zeros(experts, dtype=np.int64), **arrays)
+            layers[layer] = empty_layer(*down.shape, top_k=source.top_k)
+    return ExpertStats(
+        Provenance(source.name, source.base_fingerprint, source.architecture), layers
+    )
