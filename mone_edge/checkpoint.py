@@ -158,7 +158,7 @@ def _entries(source: Source, plan: PrunePlan, stats: ExpertStats | None) -> list
     for key, ref in order:
         block = next((b for b in blocks if names[key].startswith(f"{b.experts}.")), None)
         if block is not None:
-            prefixes.setdefault(block.layer, _expert_prefix(key))
+            prefixes.setdefault(block.layer, _expert_prefix(key, block))
             entries += _expert_entry(key, ref, block, plan)
             continue
         owner = next((b for b in blocks if names[key] in b.routed), None)
@@ -202,17 +202,11 @@ def _block(model: Any, plan: PrunePlan, layer: int, name: str, experts: Any) -> 
     return _Block(layer, name, total, width, frozenset(routed))
 
 
-def _expert_prefix(key: str) -> str:
+def _expert_prefix(key: str, block: _Block) -> str:
     """`model.layers.0.mlp.experts.` of an expert's key, or of a tensor of all experts."""
     match = EXPERT_KEY.fullmatch(key)
-    if match:
-        return match["prefix"]
     head, found, _ = key.partition(".experts.")
-    if not found:
-        raise MoneEdgeError(
-            f"{key} is named as no expert is; convert to a GGUF with --plan instead"
-        )
-    return f"{head}{found}"
+    return match["prefix"] if match else f"{head}{found}" if found else f"{block.experts}."
 
 
 def _expert_entry(key: str, ref: TensorRef, block: _Block, plan: PrunePlan) -> list[Entry]:

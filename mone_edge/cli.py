@@ -12,6 +12,7 @@ from typing import NoReturn
 import click
 
 from mone_edge import __version__
+from mone_edge.console import is_follower
 from mone_edge.errors import MoneEdgeError, Resumable
 
 INTERRUPTED = 130
@@ -82,7 +83,7 @@ def run(arguments: list[str]) -> int:
         goes_on = isinstance(error.__cause__ or error, Resumable)
         again = [*arguments, "--resume"] if goes_on and "--resume" not in arguments else arguments
         verb = "go on" if goes_on else "again"
-        _complain(f"interrupted; {verb} with: mone-edge {shlex.join(again)}")
+        _complain(f"interrupted; {verb} with: {_program()} {shlex.join(again)}")
         return INTERRUPTED
     except MoneEdgeError as error:
         _complain(str(error))
@@ -104,5 +105,13 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or "no message").splitlines()[0]
 
 
+def _program() -> str:
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return "mone-edge"
+    return f"torchrun --nproc-per-node={os.environ['LOCAL_WORLD_SIZE']} -m mone_edge"
+
+
 def _complain(message: str) -> None:
+    if is_follower():
+        return
     print(f"mone-edge: {' '.join(message.split())}", file=sys.stderr)

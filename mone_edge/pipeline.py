@@ -22,6 +22,7 @@ from mone_edge.stats import ExpertStats, LayerStats, Provenance, empty_layer, fi
 
 if TYPE_CHECKING:
     from mone_edge.calibration import Batches
+    from mone_edge.collect.distributed import Group
 
 Progress = Callable[[int, int], None]
 Say = Callable[[str], None]
@@ -37,14 +38,18 @@ def calibrate(
     work: Work | None = None,
     progress: Progress | None = None,
     warn: Say = lambda message: None,
-) -> ExpertStats:
-    """Measure every expert on calibration text (torch).
+) -> ExpertStats | None:
+    """Measure every expert on calibration text (torch); under torchrun, each process its share.
 
     Args:
         sequential: keep one layer's weights in memory; needs `work`.
         work: where what is finished is kept until the caller has saved the statistics.
+
+    Returns:
+        The statistics; None in processes of a torchrun other than the first.
     """
     from mone_edge import calibration as text
+    from mone_edge.collect import distributed
 
     if source.is_pruned:
         raise MoneEdgeError(f"{source.name} is pruned already: measure the model it was made from")
@@ -58,7 +63,11 @@ def calibrate(
     )
     if batches.short:
         warn(batches.short)
-    stats = _measure(source, batches, device, sequential, work, progress)
+    stats = distributed.run(
+        lambda group: _measure(group, source, batches, device, sequential, work, progress)
+    )
+    if stats is None:
+        return None
     if unseen := stats.unseen():
         experts = sum(layer.num_experts for layer in stats.layers.values())
         warn(
@@ -69,6 +78,7 @@ def calibrate(
 
 
 def _measure(
+    group: "Group",
     source: Source,
     batches: "Batches",
     device: str,
@@ -76,19 +86,30 @@ def _measure(
     work: Work | None,
     progress: Progress | None,
 ) -> ExpertStats:
+    from mone_edge.collect import torch_model
+
+    batch_tokens = torch_model.BATCH_TOKENS
+    batches = group.share(batches, batch_tokens)
+    work = work and work.of_rank(group.rank, group.size)
     if sequential:
         from mone_edge.collect.sequential import collect_sequential
 
         assert work is not None
-        return collect_sequential(source, batches, work, device=device, on_progress=progress)
-    from mone_edge.collect.torch_model import collect
-
-    return collect(
+        return collect_sequential(
+            source,
+            batches,
+            work,
+            device=device,
+            batch_tokens=batch_tokens,
+            on_progress=progress,
+        )
+    return torch_model.collect(
         source.path,
         batches,
         model=source.name,
         fingerprint=source.fingerprint,
         device=device,
+        batch_tokens=batch_tokens,
         work=work,
         on_progress=progress,
     )

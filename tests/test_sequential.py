@@ -243,7 +243,7 @@ def test_convert_measures_large_models_layer_by_layer(
     text.write_text(TEXT, encoding="utf-8")
     recipe = Recipe("m", calibration=Calibration((str(text),), 4, 32))
     monkeypatch.setattr(pipeline, "fits", lambda source, device: False)
-    monkeypatch.setattr("mone_edge.collect.torch_model.collect", None)
+    monkeypatch.setattr("mone_edge.collect.torch_model.collect", None)  # it must not be called
     measured = _measure(Console(quiet=True), sources["qwen3_moe"], recipe, out, "cpu", False)
     assert measured.tokens == 128 and out.is_file() and not work_path(out).exists()
 

@@ -5,11 +5,12 @@ state that changes atomically. Knows nothing about models or sums.
 """
 
 import fcntl
+import glob
 import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,13 @@ def run_key(made: Provenance, mode: str, batch_tokens: int) -> dict[str, Any]:
 
 
 def discard(path: Path) -> None:
-    """Remove a work folder whose result is saved; none is fine."""
-    shutil.rmtree(path, ignore_errors=True)
+    """Remove the work whose result is saved, of all processes; none is fine."""
+    for folder in (path, *_ranks(path)):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _ranks(path: Path) -> Iterator[Path]:
+    yield from path.parent.glob(f"{glob.escape(path.name)}.rank*of*")
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,11 @@ class Work:
     @property
     def started(self) -> bool:
         """Whether there is something to go on with."""
-        return (self.path / STATE).exists()
+        return any((path / STATE).exists() for path in (self.path, *_ranks(self.path)))
+
+    def of_rank(self, rank: int, size: int) -> "Work":
+        """The work of one of several processes, in a folder of its own."""
+        return self if size == 1 else replace(self, path=Path(f"{self.path}.rank{rank}of{size}"))
 
 
 @dataclass

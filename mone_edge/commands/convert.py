@@ -214,8 +214,13 @@ def _measure(
 ) -> "ExpertStats":
     """Measure and save; an interrupted run goes on when the same command runs again."""
     from mone_edge import pipeline
+    from mone_edge.collect.distributed import world
     from mone_edge.collect.work import Work, discard, work_path
 
+    if world().size > 1:
+        raise UsageError(
+            "convert is one process: torchrun -m mone_edge stats MODEL, then convert --stats"
+        )
     work = Work(work_path(outfile), resume=True, restart=True)
     sequential = not pipeline.fits(source, device)
     if sequential:
@@ -231,6 +236,7 @@ def _measure(
             progress=progress,
             warn=console.warn,
         )
+    assert stats is not None
     stats.save(outfile)
     discard(work.path)
     return stats

@@ -45,6 +45,7 @@ def command(
     mone-edge stats demo -o demo.safetensors --samples 32 --seq-len 512
     mone-edge stats ./Qwen3-30B-A3B --sequential       # larger than the memory
     mone-edge stats ./Qwen3-30B-A3B --sequential --resume
+    torchrun --nproc-per-node=2 -m mone_edge stats ./OLMoE-1B-7B
     """
     from mone_edge import pipeline
     from mone_edge.collect.work import Work, discard, work_path
@@ -73,6 +74,8 @@ def command(
         if work.started:
             raise Resumable from error
         raise
+    if stats is None:  # the first process of the torchrun has them
+        return
     stats.save(outfile)
     discard(work.path)
     document = {
