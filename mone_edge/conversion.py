@@ -199,6 +199,11 @@ def _filled_in(tensors: dict[str, Any], experts: int) -> dict[str, Any]:
     for name, load in tensors.items():
         if match := EXPERT_KEY.fullmatch(name):
             found.setdefault((match["prefix"], match["part"]), {})[int(match["id"])] = load
+    if not found:
+        raise MoneEdgeError(
+            "this pruned checkpoint stores all experts of a layer in one tensor, which llama.cpp's "
+            "conversion cannot read; convert the model it was made from with --plan"
+        )
     for (prefix, part), loads in found.items():
         for expert in range(experts):
             tensors.setdefault(f"{prefix}{expert}.{part}", next(iter(loads.values())))

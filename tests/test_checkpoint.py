@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mone_edge import checkpoint, cli, convert, novices, pipeline
 from mone_edge.checkpoint import prune_checkpoint
 from mone_edge.collect.loading import load_model
-from mone_edge.conversion import packages
+from mone_edge.conversion import _filled_in, packages
 from mone_edge.errors import MoneEdgeError
 from mone_edge.plan import PrunePlan, make_plan
 from mone_edge.recipe import Calibration, Recipe
@@ -45,8 +45,10 @@ def logits(model: Any, tokens: np.ndarray) -> torch.Tensor:
         return model(input_ids=torch.from_numpy(tokens)).logits
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("replacement", ["mean", "zero", "drop"])
+@pytest.mark.parametrize(
+    ("replacement", "dtype"),
+    [("mean", "float32"), ("mean", "bfloat16"), ("zero", "float32"), ("drop", "float32")],
+)
 @pytest.mark.parametrize("kind", MODEL_TYPES)
 def test_reloaded_logits_equal_the_model_pruned_in_memory(
     calibrated: Make, kind: str, replacement: str, dtype: str, tmp_path: Path
@@ -179,6 +181,11 @@ def test_other_pruners_checkpoints_are_read(calibrated: Make, tmp_path: Path) ->
         )
     arguments = ["convert", str(source.path), "--outtype", "F32", "--tokenizer-pre", "gpt-2"]
     assert cli.run([*arguments, "-o", str(tmp_path / "m.gguf")]) == 0
+
+
+def test_experts_in_one_tensor_convert_from_the_original_only() -> None:
+    with pytest.raises(MoneEdgeError, match="all experts of a layer in one tensor"):
+        _filled_in({"model.layers.0.mlp.experts.down_proj": None}, 8)
 
 
 def test_what_cannot_be_is_refused(
