@@ -12,7 +12,8 @@ from typing import NoReturn
 import click
 
 from mone_edge import __version__
-from mone_edge.errors import MoneEdgeError
+from mone_edge.console import is_follower
+from mone_edge.errors import MoneEdgeError, Resumable
 
 INTERRUPTED = 130
 
@@ -21,6 +22,7 @@ COMMANDS = {
     "stats": "Measure every expert of a model on calibration text.",
     "merge-stats": "Add up statistics files of one model.",
     "plan": "Decide which experts go, from statistics.",
+    "prune": "Carry out a plan: a smaller checkpoint at its own precision.",
     "run": "Generate text with a GGUF.",
     "serve": "Serve a GGUF with llama.cpp's OpenAI-compatible server.",
     "bench": "Speed, memory and size of GGUFs.",
@@ -77,8 +79,11 @@ def run(arguments: list[str]) -> int:
     except click.ClickException as error:
         _complain(error.format_message())
         return 1
-    except (KeyboardInterrupt, click.Abort):
-        _complain(f"interrupted; again with: mone-edge {shlex.join(arguments)}")
+    except (KeyboardInterrupt, click.Abort) as error:
+        goes_on = isinstance(error.__cause__ or error, Resumable)
+        again = [*arguments, "--resume"] if goes_on and "--resume" not in arguments else arguments
+        verb = "go on" if goes_on else "again"
+        _complain(f"interrupted; {verb} with: {_program()} {shlex.join(again)}")
         return INTERRUPTED
     except MoneEdgeError as error:
         _complain(str(error))
@@ -100,5 +105,13 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or "no message").splitlines()[0]
 
 
+def _program() -> str:
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return "mone-edge"
+    return f"torchrun --nproc-per-node={os.environ['LOCAL_WORLD_SIZE']} -m mone_edge"
+
+
 def _complain(message: str) -> None:
+    if is_follower():
+        return
     print(f"mone-edge: {' '.join(message.split())}", file=sys.stderr)

@@ -3,6 +3,7 @@
 import functools
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -19,9 +20,12 @@ class Console:
     as_json: bool = False
     quiet: bool = False
     verbose: bool = False
+    silent: bool = False  # another process of the same run talks
 
     def result(self, document: Any, text: str = "") -> None:
         """The command's result: one JSON document with `--json`, else `text`."""
+        if self.silent:
+            return
         if self.as_json:
             click.echo(json.dumps(document, indent=2, allow_nan=False))
         elif text:
@@ -29,17 +33,18 @@ class Console:
 
     def info(self, message: str) -> None:
         """Something good to know, on stderr; silent with `-q`."""
-        if not self.quiet:
+        if not self.quiet and not self.silent:
             click.echo(message, err=True)
 
     def warn(self, message: str) -> None:
         """Something the user should know before trusting the result; shown with `-q` too."""
-        click.echo(f"warning: {message}", err=True)
+        if not self.silent:
+            click.echo(f"warning: {message}", err=True)
 
     @contextmanager
     def progress(self, label: str, unit: str = "it") -> Iterator[Callable[[int, int], None]]:
         """A bar on a terminal: yields `update(done, total)`."""
-        if self.quiet or not sys.stderr.isatty():
+        if self.quiet or self.silent or not sys.stderr.isatty():
             yield lambda done, total: None
             return
         from tqdm import tqdm
@@ -53,6 +58,11 @@ class Console:
             yield update
 
 
+def is_follower() -> bool:
+    """Whether torchrun started this process as another than the first, which does the talking."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK") != "0"
+
+
 def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options every command has; hands the command a Console as its first argument."""
 
@@ -62,7 +72,7 @@ def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
     def with_console(*, as_json: bool, quiet: bool, verbose: bool, **options: Any) -> Any:
         logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, stream=sys.stderr)
-        return command(Console(as_json, quiet, verbose), **options)
+        return command(Console(as_json, quiet, verbose, is_follower()), **options)
 
     return with_console
 

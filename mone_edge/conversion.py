@@ -20,7 +20,8 @@ import numpy as np
 from mone_edge import runtime
 from mone_edge.errors import MoneEdgeError
 from mone_edge.model_file import Array, Chunk, LazyTensor, ModelFile
-from mone_edge.source import Source
+from mone_edge.novices import APPROX_VALUE
+from mone_edge.source import EXPERT_KEY, Source
 
 UNQUANTISED = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16"}
 
@@ -60,7 +61,11 @@ def open_checkpoint(source: Source, *, dtype: str = "F32", tokenizer_pre: str = 
         ) from error
     if tokenizer_pre:
         _require_known_pre(tokenizer_pre, base)
-    with _inference(), _stacks_in_chunks(gguf, conversion.LazyTorchTensor):
+    with (
+        _inference(),
+        _stacks_in_chunks(gguf, conversion.LazyTorchTensor),
+        _pruned_experts_filled_in(base, source),
+    ):
         try:
             model = model_class(
                 source.path, gguf.LlamaFileType[UNQUANTISED[dtype]], Path("model.gguf")
@@ -158,6 +163,51 @@ def _stacks_in_chunks(gguf: ModuleType, lazy_torch: Any) -> Iterator[None]:
         yield
     finally:
         lazy_torch.__torch_function__ = original
+
+
+@contextmanager
+def _pruned_experts_filled_in(base: Any, source: Source) -> Iterator[None]:
+    """Show the package a pruned checkpoint as if it were whole.
+
+    It stacks the tensors of all experts of a layer. In place of a pruned one it gets a kept one,
+    which is never read: the plan leaves it out again.
+    """
+    if not source.is_pruned:
+        yield
+        return
+    index, load = base.__dict__["index_tensors"], base.__dict__["load_hparams"]
+
+    def index_all(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return _filled_in(index(self, *args, **kwargs), source.num_experts)
+
+    def load_plain(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        hparams: dict[str, Any] = load.__func__(*args, **kwargs)
+        hparams.pop("quantization_config", None)
+        return hparams
+
+    base.index_tensors, base.load_hparams = index_all, staticmethod(load_plain)
+    try:
+        yield
+    finally:
+        base.index_tensors, base.load_hparams = index, load
+
+
+def _filled_in(tensors: dict[str, Any], experts: int) -> dict[str, Any]:
+    found: dict[tuple[str, str], dict[int, Any]] = {}
+    for name in [n for n in tensors if n.endswith(f".{APPROX_VALUE}")]:
+        del tensors[name]
+    for name, load in tensors.items():
+        if match := EXPERT_KEY.fullmatch(name):
+            found.setdefault((match["prefix"], match["part"]), {})[int(match["id"])] = load
+    if not found:
+        raise MoneEdgeError(
+            "this pruned checkpoint stores all experts of a layer in one tensor, which llama.cpp's "
+            "conversion cannot read; convert the model it was made from with --plan"
+        )
+    for (prefix, part), loads in found.items():
+        for expert in range(experts):
+            tensors.setdefault(f"{prefix}{expert}.{part}", next(iter(loads.values())))
+    return tensors
 
 
 def _part_numpy(part: Any) -> Any:

@@ -83,11 +83,11 @@ def prepare(
         MoneEdgeError: plan or statistics are of another model, or llama.cpp cannot hold the result.
     """
     for made in (plan, stats.provenance if stats else None):
-        if made is not None and made.fingerprint != source.fingerprint:
+        if made is not None and made.fingerprint != source.base_fingerprint:
             kind = "the plan is" if isinstance(made, PrunePlan) else "the statistics are"
             raise MoneEdgeError(
                 f"{kind} of {made.model} ({made.fingerprint[:12]}), "
-                f"not of {source.name} ({source.fingerprint[:12]})"
+                f"not of {source.name} ({source.base_fingerprint[:12]})"
             )
     whole = open_checkpoint(source, tokenizer_pre=recipe.tokenizer_pre)
     imatrix = _imatrix(whole, recipe, stats)
@@ -124,7 +124,7 @@ def _with_provenance(model: ModelFile, source: Source, recipe: Recipe) -> ModelF
     metadata = model.metadata | {
         "mone.recipe": value(recipe.to_yaml(), text),
         "mone.tool": value(f"mone-edge {__version__}", text),
-        "mone.base_fingerprint": value(source.fingerprint, text),
+        "mone.base_fingerprint": value(source.base_fingerprint, text),
     }
     metadata.pop("general.size_label", None)  # counts the experts that are gone
     return replace(model, metadata=metadata)

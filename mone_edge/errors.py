@@ -21,3 +21,7 @@ class CheckFailed(MoneEdgeError):
 
 class RuntimeMissing(MoneEdgeError):
     """The patched llama.cpp is not built, or another llama-cpp-python stands in its place."""
+
+
+class Resumable(KeyboardInterrupt):
+    """Interrupted, and what was finished is kept: the same command with --resume goes on."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 IMPLEMENTATION = "mone-edge-novices"
+APPROX_VALUE = "approx_value"  # name of a novice in a checkpoint: <expert>.approx_value
 _NOVICES = "_mone_edge_novices"
 
 
@@ -54,10 +55,10 @@ def require_match(plan: PrunePlan, stats: ExpertStats) -> None:
             f"{stats.provenance.model} ({stats.provenance.fingerprint[:12]})"
         )
     measured = {index: layer.num_experts for index, layer in stats.layers.items()}
-    _require_shape(plan, measured, "the statistics are of")
+    require_shape(plan, measured, "the statistics are of")
 
 
-def _require_shape(plan: PrunePlan, experts: dict[int, int], other: str) -> None:
+def require_shape(plan: PrunePlan, experts: dict[int, int], other: str) -> None:
     """Refuse a plan that was made for other layers or numbers of experts."""
     if experts != dict(plan.num_experts):
         wanted, found = (
@@ -82,7 +83,7 @@ def apply(model: Any, plan: PrunePlan, stats: ExpertStats) -> Any:
     require_match(plan, stats)
     modules = experts_modules(model)
     found = {index: len(module.down_proj) for index, (_, module) in modules.items()}
-    _require_shape(plan, found, "the model has")
+    require_shape(plan, found, "the model has")
     for index, (name, module) in modules.items():
         if plan.replacement == "drop":
             _drop(model, name, module, plan.kept[index])

@@ -4,21 +4,25 @@ In: a `Source` and a `Recipe`. Out: what each stage makes. Statistics are kept i
 what they were measured on, so that another ratio, method or type needs no new calibration.
 """
 
-import dataclasses
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from mone_edge import __version__, convert
+from mone_edge.collect.work import Work
 from mone_edge.conversion import open_checkpoint
+from mone_edge.errors import MoneEdgeError
 from mone_edge.model_file import ModelFile
 from mone_edge.paths import cache_dir
 from mone_edge.plan import PrunePlan, make_plan
 from mone_edge.recipe import Calibration, Recipe
 from mone_edge.source import Source
-from mone_edge.stats import ExpertStats, LayerStats, Provenance, file_sha256
+from mone_edge.stats import ExpertStats, LayerStats, Provenance, empty_layer, file_sha256
+
+if TYPE_CHECKING:
+    from mone_edge.calibration import Batches
+    from mone_edge.collect.distributed import Group
 
 Progress = Callable[[int, int], None]
 Say = Callable[[str], None]
@@ -30,13 +34,25 @@ def calibrate(
     *,
     device: str = "auto",
     offline: bool = False,
+    sequential: bool = False,
+    work: Work | None = None,
     progress: Progress | None = None,
     warn: Say = lambda message: None,
-) -> ExpertStats:
-    """Measure every expert on calibration text (torch)."""
-    from mone_edge import calibration as text
-    from mone_edge.collect.torch_model import collect
+) -> ExpertStats | None:
+    """Measure every expert on calibration text (torch); under torchrun, each process its share.
 
+    Args:
+        sequential: keep one layer's weights in memory; needs `work`.
+        work: where what is finished is kept until the caller has saved the statistics.
+
+    Returns:
+        The statistics; None in processes of a torchrun other than the first.
+    """
+    from mone_edge import calibration as text
+    from mone_edge.collect import distributed
+
+    if source.is_pruned:
+        raise MoneEdgeError(f"{source.name} is pruned already: measure the model it was made from")
     batches = text.load(
         calibration.data,
         text.load_tokenizer(source.path),
@@ -47,14 +63,11 @@ def calibrate(
     )
     if batches.short:
         warn(batches.short)
-    stats = collect(
-        source.path,
-        batches,
-        model=source.name,
-        fingerprint=source.fingerprint,
-        device=device,
-        on_progress=progress,
+    stats = distributed.run(
+        lambda group: _measure(group, source, batches, device, sequential, work, progress)
     )
+    if stats is None:
+        return None
     if unseen := stats.unseen():
         experts = sum(layer.num_experts for layer in stats.layers.values())
         warn(
@@ -62,6 +75,51 @@ def calibrate(
             "they count as redundant: calibrate on more or other text (--samples, --data)"
         )
     return stats
+
+
+def _measure(
+    group: "Group",
+    source: Source,
+    batches: "Batches",
+    device: str,
+    sequential: bool,
+    work: Work | None,
+    progress: Progress | None,
+) -> ExpertStats:
+    from mone_edge.collect import torch_model
+
+    batch_tokens = torch_model.BATCH_TOKENS
+    batches = group.share(batches, batch_tokens)
+    work = work and work.of_rank(group.rank, group.size)
+    if sequential:
+        from mone_edge.collect.sequential import collect_sequential
+
+        assert work is not None
+        return collect_sequential(
+            source,
+            batches,
+            work,
+            device=device,
+            batch_tokens=batch_tokens,
+            on_progress=progress,
+        )
+    return torch_model.collect(
+        source.path,
+        batches,
+        model=source.name,
+        fingerprint=source.fingerprint,
+        device=device,
+        batch_tokens=batch_tokens,
+        work=work,
+        on_progress=progress,
+    )
+
+
+def fits(source: Source, device: str = "auto") -> bool:
+    """Whether the whole model has room in the memory."""
+    from mone_edge.collect import loading
+
+    return loading.fits(source.path, loading.choose_device(device))
 
 
 def cached_stats(source: Source, calibration: Calibration) -> Path:
@@ -88,16 +146,36 @@ def plan_from_stats(recipe: Recipe, stats: ExpertStats, path: Path) -> PrunePlan
     )
 
 
-def rehearse(source: Source, recipe: Recipe, outfiles: dict[str, Path]) -> list[convert.Job]:
+def stats_of_plan(plan: PrunePlan, given: Path | None) -> ExpertStats | None:
+    """The statistics that a plan was made from: the file given, else the one it names.
+
+    Raises:
+        MoneEdgeError: its novices need them and the file is not there, or is another one.
+    """
+    path = given or (Path(plan.stats_path) if plan.stats_path else None)
+    if path is None or not path.is_file():
+        if plan.replacement != "mean":
+            return None
+        raise MoneEdgeError(
+            f"the plan's novices come from {path or 'a statistics file'}, which is not there; "
+            "name it with --stats"
+        )
+    if plan.stats_sha256 and file_sha256(path) != plan.stats_sha256:
+        raise MoneEdgeError(f"{path} is not the statistics file that the plan was made from")
+    return ExpertStats.load(path)
+
+
+def rehearse(
+    source: Source, recipe: Recipe, outfiles: dict[str, Path], plan: PrunePlan | None = None
+) -> list[convert.Job]:
     """All that `convert` does before it reads weights, on statistics of the right shape.
 
-    Sizes are those of the real run (with `--scope model`, of the same number of experts), and
-    what cannot work is refused here, before minutes of calibration.
+    Sizes are those of the real run (with `--scope model` and no plan yet, of the same number of
+    experts), and what cannot work is refused here, before minutes of calibration.
     """
     model = open_checkpoint(source, tokenizer_pre=recipe.tokenizer_pre)
     stats = _shape_of_stats(source, model)
-    plan = None
-    if recipe.prune_ratio:
+    if plan is None and recipe.prune_ratio:
         plan = make_plan(
             stats,
             prune_ratio=recipe.prune_ratio,
@@ -114,21 +192,7 @@ def _shape_of_stats(source: Source, model: ModelFile) -> ExpertStats:
     for layer in range(model.num_layers):
         down = model.tensors.get(convert.EXPERT_TENSOR.format(layer=layer, part="down"))
         if down is not None:
-            layers[layer] = _empty_layer(*down.shape, top_k=source.top_k)
-    return ExpertStats(Provenance(source.name, source.fingerprint, source.architecture), layers)
-
-
-def _empty_layer(experts: int, width: int, inner: int, *, top_k: int) -> LayerStats:
-    columns = {
-        "output_mean": width,
-        "output_m2": width,
-        "gate_sq_mean": width,
-        "input_sq_sum": width,
-        "inner_sq_sum": inner,
-    }
-    arrays = {
-        f.name: np.zeros((experts, columns[f.name]) if f.name in columns else experts)
-        for f in dataclasses.fields(LayerStats)
-        if f.name not in ("tokens", "top_k", "count")
-    }
-    return LayerStats(tokens=0, top_k=top_k, count=np.zeros(experts, dtype=np.int64), **arrays)
+            layers[layer] = empty_layer(*down.shape, top_k=source.top_k)
+    return ExpertStats(
+        Provenance(source.name, source.base_fingerprint, source.architecture), layers
+    )

@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -81,16 +82,29 @@ class PrunePlan:
             document = json.loads(path.read_text(encoding="utf-8"))
             if document.pop("format") != FORMAT or document.pop("version") != VERSION:
                 raise MoneEdgeError(f"{path} is not a plan of this mone-edge (version {VERSION})")
-            document["num_experts"] = {int(k): int(v) for k, v in document["num_experts"].items()}
-            document["kept"] = {int(k): tuple(map(int, v)) for k, v in document["kept"].items()}
-            document["protect"] = tuple(document["protect"])
-            plan = cls(**document)
-            plan._check(path)
         except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise MoneEdgeError(f"{path} is not a readable plan: {error!r}") from error
+        return cls.parse(document, str(path))
+
+    @classmethod
+    def parse(cls, document: Mapping[str, Any], where: str) -> "PrunePlan":
+        """A plan from its fields, as JSON has them.
+
+        Raises:
+            MoneEdgeError: they are no plan; `where` says whose they are.
+        """
+        try:
+            fields = dict(document)
+            fields["num_experts"] = {int(k): int(v) for k, v in fields["num_experts"].items()}
+            fields["kept"] = {int(k): tuple(map(int, v)) for k, v in fields["kept"].items()}
+            fields["protect"] = tuple(fields["protect"])
+            plan = cls(**fields)
+            plan._check(where)
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise MoneEdgeError(f"{where} is not a readable plan: {error!r}") from error
         return plan
 
-    def _check(self, path: Path) -> None:
+    def _check(self, path: str) -> None:
         if self.kept.keys() != self.num_experts.keys():
             raise MoneEdgeError(f"{path}: kept and num_experts name different layers")
         numbers = (self.prune_ratio, self.top_k, self.seed, *self.protect)

@@ -17,7 +17,10 @@ from mone_edge.errors import MoneEdgeError
 
 EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+PRUNED_METHOD = "mone-edge"  # quantization_config.quant_method of a pruned checkpoint
 FINGERPRINT_BYTES = 64  # of each tensor: enough to tell two trainings of one shape apart
+# The name of a tensor of one expert: everything before its number, the number, the rest.
+EXPERT_KEY = re.compile(r"(?P<prefix>.*\bexperts\.(?:[a-z_]\w*\.)*)(?P<id>\d+)\.(?P<part>.+)")
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(@[\w./-]+)?$")
 HUB_FILES = ("*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja", "*.txt", "README.md")
 MAX_HEADER_BYTES = 100_000_000  # what safetensors itself accepts
@@ -59,6 +62,33 @@ class Source:
         """The language model's part of the config (the whole of it for a text-only model)."""
         nested = self.config.get("text_config")
         return nested if isinstance(nested, dict) else self.config
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether experts are missing, with novices in their place (`mone_edge.checkpoint`)."""
+        return bool(self.pruned_plan or self.novice_ids)
+
+    @property
+    def pruned_plan(self) -> Mapping[str, Any]:
+        """The plan of a pruned checkpoint of ours, as its config.json has it."""
+        found = self.config.get("quantization_config")
+        if not isinstance(found, dict) or found.get("quant_method") != PRUNED_METHOD:
+            return {}
+        plan = found.get("plan")
+        return plan if isinstance(plan, dict) else {}
+
+    @property
+    def novice_ids(self) -> Mapping[str, Any]:
+        """Pruned experts by layer, as other MoNE pruners write them too."""
+        found = self.text_config.get("approximate_experts")
+        if isinstance(found, list):
+            return {str(layer): ids for layer, ids in enumerate(found)}
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def base_fingerprint(self) -> str:
+        """The fingerprint of the model that plans and statistics are of."""
+        return str(self.pruned_plan.get("fingerprint") or self.fingerprint)
 
     @property
     def num_experts(self) -> int:
@@ -108,6 +138,12 @@ class Source:
             for handle in handles.values():
                 handle.close()
         return digest.hexdigest()
+
+
+def item_bytes(dtype: str) -> int:
+    """Bytes of one value, from safetensors' name of the type ("BF16", "F8_E4M3")."""
+    digits = "".join(c for c in dtype.partition("_")[0] if c.isdigit())
+    return max(1, int(digits or 8) // 8)
 
 
 def is_gguf(path: Path) -> bool:

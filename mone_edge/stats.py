@@ -249,6 +249,17 @@ def _layer(index: int, tensors: Mapping[str, NDArray[Any]]) -> LayerStats:
     return layer
 
 
+def empty_layer(experts: int, width: int, inner: int, *, top_k: int) -> LayerStats:
+    """A layer that saw nothing: E experts, output and input width D, inner width I."""
+    columns = dict.fromkeys(WIDE, width) | {"inner_sq_sum": inner}
+    arrays = {
+        name: np.zeros((experts, columns[name]) if name in columns else experts)
+        for name in ARRAYS
+        if name != "count"
+    }
+    return LayerStats(tokens=0, top_k=top_k, count=np.zeros(experts, dtype=np.int64), **arrays)
+
+
 def merge_all(parts: Iterable[ExpertStats]) -> ExpertStats:
     """Merge any number of statistics, left to right.
 

@@ -287,7 +287,7 @@ def test_device_and_dtype_are_checked(
         load_model(folder, dtype="int8")
     cpu = torch.device("cpu")
     assert choose_dtype(folder, cpu) == torch.float32
-    monkeypatch.setattr("mone_edge.collect.loading._memory_bytes", lambda device: 1000)
+    monkeypatch.setattr("mone_edge.collect.loading.memory_bytes", lambda device: 1000)
     with pytest.raises(MoneEdgeError, match="GiB of weights"):
         choose_dtype(folder, cpu)
 

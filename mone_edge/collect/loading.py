@@ -4,6 +4,7 @@ Local files only, safetensors only, no code from the checkpoint. Also the way ba
 of modules in memory to the names of weights in the checkpoint.
 """
 
+import importlib
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -14,9 +15,11 @@ from typing import Any
 import torch
 
 from mone_edge.errors import MoneEdgeError, UsageError
+from mone_edge.source import PRUNED_METHOD
 
+MEMORY_SHARE = 0.85  # of the memory that weights may take; the rest is activations and sums
 _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-_LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError)
+LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError)
 
 
 def load_model(
@@ -39,10 +42,12 @@ def load_model(
 
     if not (model_dir / "config.json").is_file():
         raise MoneEdgeError(f"{model_dir} is not a checkpoint folder: it has no config.json")
+    if _is_pruned(model_dir):
+        importlib.import_module("mone_edge.pruned_model")  # registers its loader
     place = choose_device(device)
-    precision = _dtype(dtype) if dtype != "auto" else choose_dtype(model_dir, place)
+    precision = torch_dtype(dtype) if dtype != "auto" else choose_dtype(model_dir, place)
     try:
-        with _quiet():
+        with quiet():
             model, report = AutoModelForCausalLM.from_pretrained(
                 model_dir,
                 dtype=precision,
@@ -52,8 +57,8 @@ def load_model(
                 experts_implementation=experts,
                 output_loading_info=True,
             )
-    except (*_LOAD_ERRORS, SafetensorError) as error:
-        raise MoneEdgeError(f"cannot load {model_dir}: {_first_line(error)}") from error
+    except (*LOAD_ERRORS, SafetensorError) as error:
+        raise MoneEdgeError(f"cannot load {model_dir}: {first_line(error)}") from error
     missing = sorted(map(str, report["missing_keys"])) + sorted(map(str, report["mismatched_keys"]))
     if missing:
         raise MoneEdgeError(
@@ -70,7 +75,7 @@ def choose_device(device: str) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {device} cannot be used: {_first_line(error)}") from error
+        raise UsageError(f"--device {device} cannot be used: {first_line(error)}") from error
 
 
 def choose_dtype(model_dir: Path, device: torch.device) -> torch.dtype:
@@ -79,20 +84,38 @@ def choose_dtype(model_dir: Path, device: torch.device) -> torch.dtype:
     Raises:
         MoneEdgeError: the model does not fit in the memory at all.
     """
-    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
-    stored = config.get("dtype") or config.get("torch_dtype") or "float32"
-    own = stored if stored in _ITEM_BYTES else "bfloat16"
-    weight_bytes = sum(file.stat().st_size for file in model_dir.glob("*.safetensors"))
-    memory_bytes = _memory_bytes(device)
-    if weight_bytes / _ITEM_BYTES[own] * 4 <= memory_bytes / 2:
+    own = stored_dtype(model_dir)
+    weight_bytes, limit = _weight_bytes(model_dir), memory_bytes(device)
+    if weight_bytes / _ITEM_BYTES[own] * 4 <= limit / 2:
         return torch.float32
-    if weight_bytes > memory_bytes:
+    if not fits(model_dir, device):
         raise MoneEdgeError(
             f"{model_dir} has {weight_bytes / 2**30:.1f} GiB of weights and {device} has "
-            f"{memory_bytes / 2**30:.1f} GiB of memory; collect statistics on a larger machine and "
-            "bring the file (--stats FILE)"
+            f"{limit / 2**30:.1f} GiB of memory; keep one layer at a time in it with --sequential, "
+            "or collect statistics on a larger machine and bring the file (--stats FILE)"
         )
-    return _dtype(own)
+    return torch_dtype(own)
+
+
+def fits(model_dir: Path, device: torch.device) -> bool:
+    """Whether all weights have room in the memory, with space left to compute in."""
+    return _weight_bytes(model_dir) <= MEMORY_SHARE * memory_bytes(device)
+
+
+def stored_dtype(model_dir: Path) -> str:
+    """Name of the torch dtype that the checkpoint's weights are meant to be loaded in."""
+    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    stored = config.get("dtype") or config.get("torch_dtype") or "float32"
+    return stored if stored in _ITEM_BYTES else "bfloat16"
+
+
+def _is_pruned(model_dir: Path) -> bool:
+    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    return bool((config.get("quantization_config") or {}).get("quant_method") == PRUNED_METHOD)
+
+
+def _weight_bytes(model_dir: Path) -> int:
+    return sum(file.stat().st_size for file in model_dir.glob("*.safetensors"))
 
 
 def checkpoint_names(model: Any, modules: Iterable[str]) -> dict[str, list[str]]:
@@ -114,14 +137,20 @@ def checkpoint_names(model: Any, modules: Iterable[str]) -> dict[str, list[str]]
     return names
 
 
-def _dtype(name: str) -> torch.dtype:
+def torch_dtype(name: str) -> torch.dtype:
+    """A floating point type by its name.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise UsageError(f"--dtype {name}: choose auto, float32, bfloat16 or float16")
     return dtype
 
 
-def _memory_bytes(device: torch.device) -> int:
+def memory_bytes(device: torch.device) -> int:
+    """Memory of the machine or the accelerator, in all."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     try:
@@ -130,13 +159,14 @@ def _memory_bytes(device: torch.device) -> int:
         return 2**62
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of a library's message."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bar of transformers: the caller draws its own."""
     from transformers.utils import logging
 

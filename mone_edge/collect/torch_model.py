@@ -2,7 +2,7 @@
 
 In: a folder of config and safetensors (or the model), packed calibration tokens. Out: ExpertStats.
 One experts function sees every architecture; there is no code per model. Knows nothing about
-hubs, criteria or plans, and keeps no hidden states.
+hubs, criteria or plans, and keeps no hidden states (`sequential` does).
 """
 
 from collections.abc import Callable, Iterator
@@ -26,6 +26,8 @@ from mone_edge.collect.experts import (
     run_expert,
 )
 from mone_edge.collect.loading import checkpoint_names, load_model
+from mone_edge.collect.partial import PartialSums
+from mone_edge.collect.work import Work, open_work, run_key
 from mone_edge.errors import MoneEdgeError
 from mone_edge.stats import ExpertStats, LayerStats, LinearStats, Provenance
 
@@ -46,6 +48,7 @@ def collect(
     dtype: str = "auto",
     batch_tokens: int = BATCH_TOKENS,
     linears: bool = True,
+    work: Work | None = None,
     on_progress: Progress | None = None,
 ) -> ExpertStats:
     """Run calibration tokens through a checkpoint and gather every statistic.
@@ -59,6 +62,7 @@ def collect(
         dtype: a torch dtype's name, or "auto" (see `loading.choose_dtype`).
         batch_tokens: tokens per forward call; at least one sequence.
         linears: gather input moments of the ordinary linear layers too.
+        work: where long runs keep their sums, so that a killed one can go on.
         on_progress: called with (sequences done, sequences in all).
 
     Raises:
@@ -72,6 +76,7 @@ def collect(
         fingerprint=fingerprint,
         batch_tokens=batch_tokens,
         linears=linears,
+        work=work,
         on_progress=on_progress,
     )
 
@@ -84,26 +89,34 @@ def collect_loaded(
     fingerprint: str = "",
     batch_tokens: int = BATCH_TOKENS,
     linears: bool = True,
+    work: Work | None = None,
     on_progress: Progress | None = None,
 ) -> ExpertStats:
     """`collect` for a transformers model that is in memory; the model is left as it was."""
     tokens = calibration.tokens
+    made = provenance(loaded, calibration, model, fingerprint)
     step = max(1, batch_tokens // tokens.shape[1])
     with ExitStack() as stack:
+        partial = None
+        if work is not None:
+            key = run_key(made, "in memory", batch_tokens)
+            partial = PartialSums(stack.enter_context(open_work(work, key)))
         layer_sums = stack.enter_context(observe_experts(loaded))
-        linear_sums = stack.enter_context(_observe_linears(loaded, record=linears))
+        linear_sums = stack.enter_context(observe_linears(loaded, record=linears))
         stack.enter_context(torch.inference_mode())
-        for start in range(0, len(tokens), step):
+        first = partial.restore(layer_sums, linear_sums) if partial else 0
+        for start in range(first, len(tokens), step):
             part = torch.from_numpy(tokens[start : start + step]).to(loaded.device)
             loaded(input_ids=part, use_cache=False)
+            done = min(start + step, len(tokens))
+            if partial and done < len(tokens):
+                partial.keep(done, layer_sums, linear_sums)
             if on_progress is not None:
-                on_progress(min(start + step, len(tokens)), len(tokens))
+                on_progress(done, len(tokens))
     layers = {
-        index: _checked(loaded, index, sums, tokens.size) for index, sums in layer_sums.items()
+        index: checked(loaded, index, sums, tokens.size) for index, sums in layer_sums.items()
     }
-    return ExpertStats(
-        _provenance(loaded, calibration, model, fingerprint), layers, _by_key(loaded, linear_sums)
-    )
+    return ExpertStats(made, layers, by_key(loaded, linear_sums))
 
 
 @contextmanager
@@ -141,7 +154,7 @@ register(IMPLEMENTATION, _collecting_experts)
 
 
 @contextmanager
-def _observe_linears(model: Any, *, record: bool) -> Iterator[dict[str, LinearAccumulator]]:
+def observe_linears(model: Any, *, record: bool) -> Iterator[dict[str, LinearAccumulator]]:
     """Sums of the inputs of linear layers outside experts, by module name.
 
     The output head reads every position but computes logits for the last one only: nobody needs
@@ -181,7 +194,7 @@ def _last_position(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return (inputs[0][..., -1:, :], *inputs[1:])
 
 
-def _checked(model: Any, index: int, sums: LayerAccumulator, tokens: int) -> LayerStats:
+def checked(model: Any, index: int, sums: LayerAccumulator, tokens: int) -> LayerStats:
     """The layer's statistics, if it saw every token `top_k` times and stayed finite."""
     stats = sums.total
     kind = model_type(model)
@@ -200,13 +213,15 @@ def _checked(model: Any, index: int, sums: LayerAccumulator, tokens: int) -> Lay
     return stats
 
 
-def _by_key(model: Any, sums: dict[str, LinearAccumulator]) -> dict[str, LinearStats]:
+def by_key(model: Any, sums: dict[str, LinearAccumulator]) -> dict[str, LinearStats]:
+    """Finished sums by the names of the checkpoint's weights."""
     measured = {name: s.total for name, s in sums.items() if s.total is not None}
     names = checkpoint_names(model, measured)
     return {key: stats for name, stats in measured.items() for key in names[name]}
 
 
-def _provenance(model: Any, calibration: Batches, name: str, fingerprint: str) -> Provenance:
+def provenance(model: Any, calibration: Batches, name: str, fingerprint: str) -> Provenance:
+    """Where statistics of this model on this text come from."""
     import transformers
 
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"

@@ -10,7 +10,7 @@ from click.core import ParameterSource
 
 from mone_edge.commands.options import calibration_options, plan_options
 from mone_edge.console import Console, common_options, force_option, human_bytes, offline_option
-from mone_edge.errors import MoneEdgeError, UsageError
+from mone_edge.errors import UsageError
 
 if TYPE_CHECKING:
     from mone_edge.convert import Converted, Job
@@ -85,12 +85,17 @@ def command(
     source = resolve(model, offline=offline)
     chosen = _recipe(ctx, source, options, recipe)
     chosen = dataclasses.replace(chosen, outtype=tuple(map(quantize.file_type, chosen.outtype)))
+    if source.is_pruned:
+        plan = _plan_inside(ctx, source, plan_file)
+        if stats is None and chosen.imatrix == "auto":
+            console.info(f"{model} is pruned already; quantising without an importance matrix")
+            chosen = dataclasses.replace(chosen, imatrix="none")
     if plan:
         chosen = dataclasses.replace(chosen, **{name: getattr(plan, name) for name in PLAN_FIELDS})
     outfiles = _outfiles(source, chosen, outfile)
     for path in outfiles.values():
         require_writable(path, force=force)
-    rehearsal = pipeline.rehearse(source, chosen, outfiles)
+    rehearsal = pipeline.rehearse(source, chosen, outfiles, plan)
     convert.require_space(rehearsal)
     if dry_run:
         _tell_estimate(console, rehearsal)
@@ -137,6 +142,20 @@ def _recipe(
     )
 
 
+def _plan_inside(ctx: click.Context, source: "Source", plan_file: Path | None) -> "PrunePlan":
+    """The plan of a pruned checkpoint; no other can be carried out on it."""
+    from mone_edge import checkpoint
+
+    given = [n for n in PLAN_FIELDS if ctx.get_parameter_source(n) is ParameterSource.COMMANDLINE]
+    if plan_file or given:
+        option = "plan" if plan_file else given[0].replace("_", "-")
+        raise UsageError(
+            f"{source.name} is pruned already, so --{option} cannot be carried out; convert the "
+            "model it was made from"
+        )
+    return checkpoint.read_plan(source)
+
+
 def _outfiles(source: "Source", recipe: "Recipe", template: str | None) -> dict[str, Path]:
     template = template or f"{source.label}-MoNE{recipe.prune_ratio:g}-{{ftype}}.gguf"
     if len(recipe.outtype) > 1 and "{ftype}" not in template:
@@ -162,11 +181,13 @@ def _decide(
     offline: bool,
 ) -> "tuple[ExpertStats | None, PrunePlan | None]":
     """Statistics and plan: the user's where given, else from the cache or measured now."""
-    from mone_edge import pipeline
+    from mone_edge import checkpoint, pipeline
     from mone_edge.stats import ExpertStats
 
+    if plan and source.is_pruned and stats is None:
+        return checkpoint.read_novices(source, plan), plan
     if plan:
-        return _stats_of_plan(plan, stats), plan
+        return pipeline.stats_of_plan(plan, stats), plan
     if stats:
         measured = ExpertStats.load(stats)
     elif recipe.prune_ratio == 0:
@@ -177,43 +198,48 @@ def _decide(
             console.info(f"statistics from {stats}")
             measured = ExpertStats.load(stats)
         else:
-            measured = _measure(console, source, recipe, device, offline)
             stats.parent.mkdir(parents=True, exist_ok=True)
-            measured.save(stats)
+            measured = _measure(console, source, recipe, stats, device, offline)
     decided = pipeline.plan_from_stats(recipe, measured, stats) if recipe.prune_ratio else None
     return measured, decided
 
 
 def _measure(
-    console: Console, source: "Source", recipe: "Recipe", device: str, offline: bool
+    console: Console,
+    source: "Source",
+    recipe: "Recipe",
+    outfile: Path,
+    device: str,
+    offline: bool,
 ) -> "ExpertStats":
+    """Measure and save; an interrupted run goes on when the same command runs again."""
     from mone_edge import pipeline
+    from mone_edge.collect.distributed import world
+    from mone_edge.collect.work import Work, discard, work_path
 
+    if world().size > 1:
+        raise UsageError(
+            "convert is one process: torchrun -m mone_edge stats MODEL, then convert --stats"
+        )
+    work = Work(work_path(outfile), resume=True, restart=True)
+    sequential = not pipeline.fits(source, device)
+    if sequential:
+        console.info("the model is larger than the memory: calibrating one layer at a time")
     with console.progress("calibrating", "seq") as progress:
-        return pipeline.calibrate(
+        stats = pipeline.calibrate(
             source,
             recipe.calibration,
             device=device,
             offline=offline,
+            sequential=sequential,
+            work=work,
             progress=progress,
             warn=console.warn,
         )
-
-
-def _stats_of_plan(plan: "PrunePlan", given: Path | None) -> "ExpertStats | None":
-    from mone_edge.stats import ExpertStats, file_sha256
-
-    path = given or (Path(plan.stats_path) if plan.stats_path else None)
-    if path is None or not path.is_file():
-        if plan.replacement != "mean":
-            return None
-        raise MoneEdgeError(
-            f"the plan's novices come from {path or 'a statistics file'}, which is not there; "
-            "name it with --stats"
-        )
-    if plan.stats_sha256 and file_sha256(path) != plan.stats_sha256:
-        raise MoneEdgeError(f"{path} is not the statistics file that the plan was made from")
-    return ExpertStats.load(path)
+    assert stats is not None
+    stats.save(outfile)
+    discard(work.path)
+    return stats
 
 
 def _tell_estimate(console: Console, jobs: "list[Job]") -> None:

@@ -6,6 +6,7 @@ import click
 
 from mone_edge.commands.options import calibration_options
 from mone_edge.console import Console, common_options, force_option, offline_option
+from mone_edge.errors import Resumable
 
 
 @click.command("stats")
@@ -15,6 +16,10 @@ from mone_edge.console import Console, common_options, force_option, offline_opt
     show_default=True,
 )  # fmt: skip
 @calibration_options
+@click.option(
+    "--sequential", is_flag=True, help="One layer's weights in memory at a time: larger models."
+)
+@click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
 @force_option
 @offline_option
 @common_options
@@ -27,6 +32,8 @@ def command(
     seq_len: int,
     seed: int,
     device: str,
+    sequential: bool,
+    resume: bool,
     force: bool,
     offline: bool,
 ) -> None:
@@ -36,25 +43,41 @@ def command(
 
     \b
     mone-edge stats demo -o demo.safetensors --samples 32 --seq-len 512
+    mone-edge stats ./Qwen3-30B-A3B --sequential       # larger than the memory
+    mone-edge stats ./Qwen3-30B-A3B --sequential --resume
+    torchrun --nproc-per-node=2 -m mone_edge stats ./OLMoE-1B-7B
     """
     from mone_edge import pipeline
+    from mone_edge.collect.work import Work, discard, work_path
     from mone_edge.paths import require_writable
     from mone_edge.recipe import Calibration
     from mone_edge.source import resolve
 
     require_writable(outfile, force=force)
+    work = Work(work_path(outfile), resume=resume, restart=force)
+    if resume and not work.started:
+        console.info(f"{work.path} holds no unfinished work: starting at the beginning")
     source = resolve(model, offline=offline)
-    calibration = Calibration(data, samples, seq_len, seed)
-    with console.progress("calibrating", "seq") as progress:
-        stats = pipeline.calibrate(
-            source,
-            calibration,
-            device=device,
-            offline=offline,
-            progress=progress,
-            warn=console.warn,
-        )
+    try:
+        with console.progress("calibrating", "seq") as progress:
+            stats = pipeline.calibrate(
+                source,
+                Calibration(data, samples, seq_len, seed),
+                device=device,
+                offline=offline,
+                sequential=sequential,
+                work=work,
+                progress=progress,
+                warn=console.warn,
+            )
+    except KeyboardInterrupt as error:
+        if work.started:
+            raise Resumable from error
+        raise
+    if stats is None:  # the first process of the torchrun has them
+        return
     stats.save(outfile)
+    discard(work.path)
     document = {
         "outfile": str(outfile),
         "tokens": stats.tokens,

@@ -1,0 +1,403 @@
+"""A checkpoint and a plan -> the pruned checkpoint, a folder that transformers loads.
+
+In: a `Source`, a `PrunePlan`, the statistics its novices come from. Out: a folder. It is a copy
+by keys: no model is in memory, a pruned expert is never read, and what is kept is kept byte for
+byte, under the name it had. Importing this module also makes `from_pretrained` load the result.
+
+"mean" and "zero": keys of pruned experts are left out, the others keep their expert's id, routers
+are untouched; a pruned expert leaves `<expert>.approx_value`, its novice [D] in float32, and
+config.json names the pruned ids (`approximate_experts`) and the plan (`quantization_config`).
+"drop": keys of kept experts are numbered 0 to K-1, routers are cut to K rows, config.json says K:
+an ordinary checkpoint, which needs nothing of ours.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mone_edge import novices
+from mone_edge import pruned_model as pruned_model  # registers the loader with transformers
+from mone_edge.collect.experts import experts_modules
+from mone_edge.collect.streaming import module_names, on_meta
+from mone_edge.errors import MoneEdgeError
+from mone_edge.plan import PrunePlan
+from mone_edge.safetensors_file import SHARD_BYTES, Entry, write_shards
+from mone_edge.source import (
+    EXPERT_COUNT_KEYS,
+    EXPERT_KEY,
+    PRUNED_METHOD,
+    Source,
+    TensorRef,
+    item_bytes,
+)
+from mone_edge.stats import ExpertStats, LayerStats, Provenance, empty_layer
+
+FORMAT_VERSION = 1
+COPY_BYTES = 16 << 20  # read and written at once
+SPARE_BYTES = 64 << 20  # left free on the disk
+WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Written:
+    """A pruned checkpoint that was made."""
+
+    outfile: Path
+    bytes: int  # of its tensors
+    prune_ratio: float  # of experts, as removed
+    experts_kept: tuple[int, ...]  # of each MoE layer
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Block:
+    """What the model on meta says of one MoE block."""
+
+    layer: int
+    experts: str  # module name
+    total: int
+    width: int  # of an expert's output
+    routed: frozenset[str]  # parameters outside the experts with one row or column per expert
+
+
+def prune_checkpoint(
+    source: Source,
+    plan: PrunePlan,
+    stats: ExpertStats | None,
+    folder: Path,
+    *,
+    force: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Progress = lambda done, total: None,
+) -> Written:
+    """Write the pruned checkpoint, whole or not at all.
+
+    Args:
+        stats: needed where the replacement is "mean".
+        folder: must not exist, unless `force`; then a checkpoint folder is replaced.
+
+    Raises:
+        MoneEdgeError: the plan or the statistics are of another model, the architecture cannot be
+            pruned by keys, or the folder cannot be written.
+    """
+    started = time.monotonic()
+    require_target(source, folder, force=force)
+    if source.is_pruned:
+        raise MoneEdgeError(f"{source.name} is pruned already; prune the model it was made from")
+    if plan.fingerprint != source.fingerprint:
+        raise MoneEdgeError(
+            f"the plan is of {plan.model} ({plan.fingerprint[:12]}), "
+            f"not of {source.name} ({source.fingerprint[:12]})"
+        )
+    if plan.replacement == "mean" and stats is None:
+        raise MoneEdgeError("novices come from statistics: give them with --stats")
+    entries = _entries(source, plan, stats)
+    config = _config(source, plan)
+    _require_space(folder.parent, sum(entry.size for entry in entries))
+    scratch = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        scratch.mkdir()
+        _copy_files(source.path, scratch)
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        (scratch / "config.json").write_text(text, encoding="utf-8")
+        write_shards(scratch, entries, shard_bytes=shard_bytes, progress=progress)
+        _publish(scratch, folder)
+    except OSError as error:
+        raise MoneEdgeError(f"cannot write {folder}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return Written(
+        folder,
+        sum(entry.size for entry in entries),
+        round(plan.removed_fraction, 6),
+        tuple(len(ids) for _, ids in sorted(plan.kept.items())),
+        round(time.monotonic() - started, 3),
+    )
+
+
+def require_target(source: Source, folder: Path, *, force: bool) -> None:
+    """Refuse a folder that must not be written.
+
+    Raises:
+        MoneEdgeError: it is the model itself, a file, there already, or no checkpoint.
+    """
+    if folder.exists() and folder.resolve() == source.path.resolve():
+        raise MoneEdgeError(f"{folder} is the model itself; name another --outfile")
+    if folder.exists() and not force:
+        raise MoneEdgeError(
+            f"{folder} exists; add --force to replace it, or name another --outfile"
+        )
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise MoneEdgeError(f"{folder} is not a checkpoint folder and is left alone")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MoneEdgeError(f"cannot write in {folder.parent}: {error.strerror}") from error
+
+
+def _entries(source: Source, plan: PrunePlan, stats: ExpertStats | None) -> list[Entry]:
+    """Every tensor of the pruned checkpoint, in the order of the source's files."""
+    model = on_meta(source)
+    blocks = _blocks(model, plan)
+    names = module_names(model, source.tensors)
+    entries: list[Entry] = []
+    prefixes: dict[int, str] = {}
+    order = sorted(source.tensors.items(), key=lambda item: (item[1].file, item[1].offset))
+    for key, ref in order:
+        block = next((b for b in blocks if names[key].startswith(f"{b.experts}.")), None)
+        if block is not None:
+            prefixes.setdefault(block.layer, _expert_prefix(key, block))
+            entries += _expert_entry(key, ref, block, plan)
+            continue
+        owner = next((b for b in blocks if names[key] in b.routed), None)
+        if owner is not None and plan.replacement == "drop":
+            entries.append(_rows(key, ref, owner.total, plan.kept[owner.layer]))
+        else:
+            entries.append(_copied(key, ref))
+    missing = [b.experts for b in blocks if b.layer not in prefixes]
+    if missing:
+        raise MoneEdgeError(f"{source.name} holds no weights for {missing[0]}")
+    if plan.replacement != "drop":
+        for block in blocks:
+            entries += _novices(prefixes[block.layer], block, plan, stats)
+    return entries
+
+
+def _blocks(model: Any, plan: PrunePlan) -> list[_Block]:
+    modules = experts_modules(model)
+    found = {layer: len(module.down_proj) for layer, (_, module) in modules.items()}
+    novices.require_shape(plan, found, "the model has")
+    return [_block(model, plan, layer, *named) for layer, named in sorted(modules.items())]
+
+
+def _block(model: Any, plan: PrunePlan, layer: int, name: str, experts: Any) -> _Block:
+    total = len(experts.down_proj)
+    parent = name.rpartition(".")[0]
+    routed: set[str] = set()
+    for key, module in model.get_submodule(parent).named_modules():
+        full = f"{parent}.{key}" if key else parent
+        if "shared" in key or full == name or full.startswith(f"{name}."):
+            continue
+        if plan.replacement == "drop" and getattr(module, "n_group", None) not in (None, 0, 1):
+            raise MoneEdgeError(f"{name}: group-limited routing cannot drop experts; use mean")
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        routed |= {
+            f"{full}.{key}"
+            for key, value in own
+            if (value.ndim and len(value) == total) or tuple(value.shape) == (1, total)
+        }
+    width = int(experts.down_proj.shape[2 if experts.is_transposed else 1])
+    return _Block(layer, name, total, width, frozenset(routed))
+
+
+def _expert_prefix(key: str, block: _Block) -> str:
+    """`model.layers.0.mlp.experts.` of an expert's key, or of a tensor of all experts."""
+    match = EXPERT_KEY.fullmatch(key)
+    head, found, _ = key.partition(".experts.")
+    return match["prefix"] if match else f"{head}{found}" if found else f"{block.experts}."
+
+
+def _expert_entry(key: str, ref: TensorRef, block: _Block, plan: PrunePlan) -> list[Entry]:
+    """One expert's tensor, or none if it is pruned; the kept rows of a tensor of all experts."""
+    kept = plan.kept[block.layer]
+    match = EXPERT_KEY.fullmatch(key)
+    if match is None:
+        return [_rows(key, ref, block.total, kept)]
+    expert = int(match["id"])
+    if expert not in kept:
+        return []
+    new = kept.index(expert) if plan.replacement == "drop" else expert
+    return [_copied(f"{match['prefix']}{new}.{match['part']}", ref)]
+
+
+def _copied(key: str, ref: TensorRef) -> Entry:
+    return Entry(key, ref.dtype, ref.shape, ref.size, lambda: _read(ref, 0, ref.size))
+
+
+def _rows(key: str, ref: TensorRef, total: int, kept: Sequence[int]) -> Entry:
+    """The kept rows of [total, ...], or the kept columns of [1, total]."""
+    if ref.shape[:1] == (total,):
+        shape, step = (len(kept), *ref.shape[1:]), ref.size // total
+    elif ref.shape == (1, total):
+        shape, step = (1, len(kept)), item_bytes(ref.dtype)
+    else:
+        raise MoneEdgeError(
+            f"{key} has shape {list(ref.shape)}, not one row for each of {total} experts; this "
+            "checkpoint cannot be pruned by keys: convert it to a GGUF with --plan instead"
+        )
+    if len(kept) == total:
+        return _copied(key, ref)
+
+    def pieces() -> Iterator[bytes]:
+        for row in kept:
+            yield from _read(ref, row * step, step)
+
+    return Entry(key, ref.dtype, shape, len(kept) * step, pieces)
+
+
+def _read(ref: TensorRef, start: int, size: int) -> Iterator[bytes]:
+    with ref.file.open("rb") as file:
+        file.seek(ref.offset + start)
+        while size > 0 and (data := file.read(min(size, COPY_BYTES))):
+            size -= len(data)
+            yield data
+
+
+def read_plan(source: Source) -> PrunePlan:
+    """The plan that a pruned checkpoint carries.
+
+    A checkpoint of another MoNE pruner names its pruned experts only (`approximate_experts`).
+
+    Raises:
+        MoneEdgeError: config.json holds no plan, or one that does not fit.
+    """
+    where = str(source.path / "config.json")
+    if source.pruned_plan:
+        return PrunePlan.parse(source.pruned_plan, where)
+    layers = sorted({layer for layer, _, _ in _expert_keys(source)})
+    total = source.num_experts
+    pruned = {layer: set(map(int, source.novice_ids.get(str(layer), ()))) for layer in layers}
+    removed = sum(map(len, pruned.values()))
+    document = {
+        "model": source.name,
+        "fingerprint": source.fingerprint,
+        "method": "unknown",
+        "scope": "model",
+        "replacement": "mean",
+        "prune_ratio": removed / max(1, total * len(layers)),
+        "top_k": source.top_k,
+        "num_experts": dict.fromkeys(layers, total),
+        "kept": {i: [e for e in range(total) if e not in pruned[i]] for i in layers},
+        "protect": [],
+    }
+    return PrunePlan.parse(document, where)
+
+
+def read_novices(source: Source, plan: PrunePlan) -> ExpertStats:
+    """The novices of a pruned checkpoint, as statistics that hold their means and nothing else.
+
+    Raises:
+        MoneEdgeError: a pruned expert has no novice.
+    """
+    refs = {
+        (layer, expert): source.tensors[key]
+        for layer, expert, key in _expert_keys(source)
+        if key.endswith(f".{novices.APPROX_VALUE}")
+    }
+    layers: dict[int, LayerStats] = {}
+    for layer, total in plan.num_experts.items():
+        missing = [e for e in plan.pruned(layer) if (layer, e) not in refs]
+        if missing:
+            raise MoneEdgeError(f"{source.name}: layer {layer} has no novice for {missing[0]}")
+        vectors = {e: _values(refs[layer, e]) for e in plan.pruned(layer)}
+        width = max((v.size for v in vectors.values()), default=1)
+        layers[layer] = empty_layer(total, width, 1, top_k=plan.top_k)
+        for expert, vector in vectors.items():
+            layers[layer].output_mean[expert] = vector
+    made = Provenance(source.name, source.base_fingerprint, source.architecture)
+    return ExpertStats(made, layers)
+
+
+def _expert_keys(source: Source) -> Iterator[tuple[int, int, str]]:
+    """(layer, expert, key) of every tensor of a single expert."""
+    for key in source.tensors:
+        match, block = EXPERT_KEY.fullmatch(key), re.search(r"\blayers\.(\d+)\.", key)
+        if match and block:
+            yield int(block[1]), int(match["id"]), key
+
+
+def _values(ref: TensorRef) -> Any:
+    """A small tensor as float64."""
+    data = b"".join(_read(ref, 0, ref.size))
+    if ref.dtype == "BF16":
+        return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4").astype(np.float64)
+    if ref.dtype not in ("F64", "F32", "F16"):
+        raise MoneEdgeError(f"{ref.file}: a novice of type {ref.dtype}")
+    return np.frombuffer(data, f"<f{item_bytes(ref.dtype)}").astype(np.float64)
+
+
+def _novices(
+    prefix: str, block: _Block, plan: PrunePlan, stats: ExpertStats | None
+) -> Iterator[Entry]:
+    pruned = plan.pruned(block.layer)
+    vectors = np.zeros((len(pruned), block.width), dtype="<f4")
+    if stats is not None:
+        vectors[:] = novices.vectors(plan, stats, block.layer)[len(plan.kept[block.layer]) :]
+    for expert, vector in zip(pruned, vectors, strict=True):
+        data = vector.tobytes()
+        name = f"{prefix}{expert}.{novices.APPROX_VALUE}"
+        yield Entry(name, "F32", (block.width,), len(data), functools.partial(_once, data))
+
+
+def _once(data: bytes) -> Iterator[bytes]:
+    yield data
+
+
+def _config(source: Source, plan: PrunePlan) -> dict[str, Any]:
+    """config.json of the pruned checkpoint."""
+    config: dict[str, Any] = json.loads(json.dumps(source.config))
+    nested = config.get("text_config")
+    text = nested if isinstance(nested, dict) else config
+    if plan.replacement != "drop":
+        if "quantization_config" in config or "quantization_config" in text:
+            raise MoneEdgeError(f"{source.name} is quantised; prune the model it was made from")
+        document = dataclasses.asdict(plan) | {"stats_path": ""}
+        config["quantization_config"] = {
+            "quant_method": PRUNED_METHOD,
+            "version": FORMAT_VERSION,
+            "plan": {k: _by_layer(v) for k, v in document.items()},
+        }
+        text["approximate_experts"] = {str(i): list(plan.pruned(i)) for i in sorted(plan.kept)}
+        return config
+    counts = {len(ids) for ids in plan.kept.values()}
+    if len(counts) != 1 or len(set(plan.num_experts.values())) != 1:
+        raise MoneEdgeError(
+            f"dropping leaves {min(counts)} to {max(counts)} experts a layer, and config.json has "
+            "one count for all; use --scope layer without --protect, or --replacement mean"
+        )
+    for key in EXPERT_COUNT_KEYS:
+        if text.get(key) == next(iter(plan.num_experts.values())):
+            text[key] = min(counts)
+    return config
+
+
+def _by_layer(value: Any) -> Any:
+    return {str(k): v for k, v in value.items()} if isinstance(value, Mapping) else value
+
+
+def _require_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed + SPARE_BYTES > free:
+        raise MoneEdgeError(
+            f"{folder} has {free / 1e9:.2f} GB free, the result needs "
+            f"{(needed + SPARE_BYTES) / 1e9:.2f} GB; name another place with --outfile"
+        )
+
+
+def _copy_files(source: Path, target: Path) -> None:
+    """Tokenizer, generation config, licence: all files that hold no weights."""
+    for file in sorted(source.iterdir()):
+        weights = file.name.endswith((*WEIGHT_FILES, ".index.json"))
+        if file.is_file() and not weights and file.name != "config.json" and file.name[0] != ".":
+            shutil.copyfile(file, target / file.name)
+
+
+def _publish(scratch: Path, folder: Path) -> None:
+    """Move the finished folder to its name; an old one stays until then."""
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    if folder.exists():
+        folder.replace(old)
+    scratch.replace(folder)
+    shutil.rmtree(old, ignore_errors=True)

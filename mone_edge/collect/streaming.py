@@ -1,0 +1,203 @@
+"""A transformers model of which one layer at a time has its weights in memory.
+
+In: a checkpoint. Out: the model on the meta device, whose parts load their own keys through
+transformers' conversion of checkpoints and go back to meta. Knows nothing about statistics.
+
+Uses internals of transformers (`convert_and_load_state_dict_in_model`), so its version range is
+pinned in pyproject.toml.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from mone_edge.collect.experts import experts_modules, model_type
+from mone_edge.collect.loading import LOAD_ERRORS, first_line, quiet
+from mone_edge.errors import MoneEdgeError
+from mone_edge.source import Source, item_bytes
+
+OUTSIDE = ""  # the part of the model that is no layer: embeddings, norm, output head
+
+
+class StreamedModel:
+    """A causal language model on meta, and the layers that load one at a time.
+
+    Raises:
+        MoneEdgeError: the architecture does not run layer by layer, or cannot be built.
+    """
+
+    def __init__(self, source: Source, device: torch.device, dtype: torch.dtype) -> None:
+        self.source, self.device, self.dtype = source, device, dtype
+        self.model = on_meta(source, dtype)
+        self.layers = _layers(self.model)
+        self.blocks = {
+            i: self.part_of(name) for i, (name, _) in experts_modules(self.model).items()
+        }
+
+    def load(self, part: str) -> None:
+        """Read the weights of one part: a layer's name, or `OUTSIDE`.
+
+        Raises:
+            MoneEdgeError: weights are missing or have the wrong shape.
+        """
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+
+        try:
+            with ExitStack() as stack, quiet():
+                weights = self._slices(part, stack)
+                info, _ = convert_and_load_state_dict_in_model(
+                    self.model, weights, self._load_config
+                )
+        except LOAD_ERRORS as error:
+            raise MoneEdgeError(f"cannot load {self.source.path}: {first_line(error)}") from error
+        if part == OUTSIDE:
+            self.model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
+        self._make_buffers(part)
+        self._require_whole(part, info)
+
+    def release(self, part: str) -> None:
+        """Give a layer's memory back."""
+        self.model.get_submodule(part).to("meta")
+
+    @cached_property
+    def keys(self) -> Mapping[str, list[str]]:
+        """Checkpoint keys of every part."""
+        parts: dict[str, list[str]] = {name: [] for name in (OUTSIDE, *self.layers)}
+        for key, name in module_names(self.model, self.source.tensors).items():
+            parts[self.part_of(name)].append(key)
+        return parts
+
+    def part_bytes(self, part: str) -> int:
+        """Bytes of a part's weights in the precision it is loaded in."""
+        params = sum(
+            self.source.tensors[key].size // item_bytes(self.source.tensors[key].dtype)
+            for key in self.keys[part]
+        )
+        return params * self.dtype.itemsize
+
+    @cached_property
+    def _load_config(self) -> Any:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        return LoadStateDictConfig(
+            device_map={"": self.device},
+            dtype=self.dtype,
+            dtype_plan=self.model._get_dtype_plan(self.dtype),
+            weight_mapping=get_model_conversion_mapping(self.model),
+        )
+
+    def part_of(self, name: str) -> str:
+        """The part that a module or weight lies in: `model.layers.3.mlp` -> `model.layers.3`."""
+        pieces = name.split(".")
+        prefixes = (".".join(pieces[:n]) for n in range(1, len(pieces) + 1))
+        return next((prefix for prefix in prefixes if prefix in self.layers), OUTSIDE)
+
+    def _slices(self, part: str, stack: ExitStack) -> dict[str, Any]:
+        """Lazy tensors of the part; their files stay open until `stack` closes."""
+        from safetensors import safe_open
+
+        handles: dict[Any, Any] = {}
+        slices = {}
+        for key in self.keys[part]:
+            file = self.source.tensors[key].file
+            if file not in handles:
+                handles[file] = stack.enter_context(safe_open(file, framework="pt"))
+            slices[key] = handles[file].get_slice(key)
+        return slices
+
+    def _modules(self, part: str) -> Iterator[tuple[str, nn.Module]]:
+        """Modules of a part, with their full names."""
+        for name, module in self.model.named_modules():
+            if self.part_of(name) == part:
+                yield name, module
+
+    def _make_buffers(self, part: str) -> None:
+        """Compute what no checkpoint stores (frequencies of rotary embeddings)."""
+        for name, module in self._modules(part):
+            missing = [
+                key
+                for key in module._non_persistent_buffers_set
+                if getattr(module, key) is not None and getattr(module, key).is_meta
+            ]
+            for key in missing:
+                setattr(module, key, torch.empty_like(getattr(module, key), device=self.device))
+            if missing:
+                with torch.no_grad():
+                    self._owner(name)._init_weights(module)
+
+    def _owner(self, name: str) -> Any:
+        """The innermost transformers model that a module belongs to."""
+        from transformers import PreTrainedModel
+
+        while name:
+            name = name.rpartition(".")[0]
+            owner = self.model.get_submodule(name)
+            if isinstance(owner, PreTrainedModel):
+                return owner
+        return self.model
+
+    def _require_whole(self, part: str, info: Any) -> None:
+        bad = [str(key[0]) for key in info.mismatched_keys] + list(info.conversion_errors)
+        for name, module in self._modules(part):
+            own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+            bad += [f"{name}.{key}" for key, value in own if value.is_meta]
+        if bad:
+            raise MoneEdgeError(
+                f"{self.source.path}: {len(bad)} weights are missing or have the wrong shape "
+                f"(first: {bad[0]}); the checkpoint is incomplete"
+            )
+
+
+def module_names(model: Any, keys: Iterable[str]) -> dict[str, str]:
+    """Where transformers loads each checkpoint key: the name of a parameter in the model."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    known, prefix = model.state_dict(), model.base_model_prefix
+    return {key: rename_source_key(key, renamings, converters, prefix, known)[0] for key in keys}
+
+
+def on_meta(source: Source, dtype: torch.dtype = torch.float32) -> Any:
+    """The causal language model of a checkpoint's config, without weights.
+
+    Raises:
+        MoneEdgeError: transformers cannot build it.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(
+            source.path, local_files_only=True, trust_remote_code=False
+        )
+        with torch.device("meta"), quiet():
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except LOAD_ERRORS as error:
+        raise MoneEdgeError(f"cannot load {source.path}: {first_line(error)}") from error
+    model.set_experts_implementation("eager")
+    return model.eval()
+
+
+def _layers(model: Any) -> dict[str, nn.Module]:
+    """The list of decoder layers that holds the experts, in the order they run."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    lists = set()
+    for name, _ in experts_modules(model).values():
+        while name and not isinstance(model.get_submodule(name), GradientCheckpointingLayer):
+            name = name.rpartition(".")[0]
+        lists.add(name.rpartition(".")[0])
+    if len(lists) != 1 or "" in lists:
+        raise MoneEdgeError(
+            f"model type {model_type(model)} has no single list of layers; it cannot be measured "
+            "with --sequential"
+        )
+    parent = lists.pop()
+    return {f"{parent}.{name}": m for name, m in model.get_submodule(parent).named_children()}

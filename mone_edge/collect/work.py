@@ -1,0 +1,159 @@
+"""The work folder of a long calibration: what is finished, so that a killed run goes on from there.
+
+In: a path beside the result and a key that says whose work it is. Out: a locked folder with a
+state that changes atomically. Knows nothing about models or sums.
+"""
+
+import fcntl
+import glob
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mone_edge.errors import MoneEdgeError
+from mone_edge.paths import atomic_write
+from mone_edge.stats import Provenance
+
+FORMAT = "mone-edge-work"
+STATE, LOCK = "state.json", "lock"
+
+
+def work_path(outfile: Path) -> Path:
+    """Where the work of a run lies whose result is `outfile`."""
+    return outfile.with_name(f"{outfile.name}.work")
+
+
+def run_key(made: Provenance, mode: str, batch_tokens: int) -> dict[str, Any]:
+    """What must be the same for a run to go on: model, text, precision, versions, batches."""
+    return {
+        "mode": mode,
+        "model": made.fingerprint,
+        "calibration text": made.data_sha256[0],
+        "software": made.tool,
+        "batch": batch_tokens,
+    }
+
+
+def discard(path: Path) -> None:
+    """Remove the work whose result is saved, of all processes; none is fine."""
+    for folder in (path, *_ranks(path)):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _ranks(path: Path) -> Iterator[Path]:
+    yield from path.parent.glob(f"{glob.escape(path.name)}.rank*of*")
+
+
+@dataclass(frozen=True)
+class Work:
+    """Where a run keeps what is finished, and what to do with what is there already."""
+
+    path: Path
+    resume: bool = False  # go on with it
+    restart: bool = False  # throw it away (with `resume`: only if it is another run's)
+
+    @property
+    def started(self) -> bool:
+        """Whether there is something to go on with."""
+        return any((path / STATE).exists() for path in (self.path, *_ranks(self.path)))
+
+    def of_rank(self, rank: int, size: int) -> "Work":
+        """The work of one of several processes, in a folder of its own."""
+        return self if size == 1 else replace(self, path=Path(f"{self.path}.rank{rank}of{size}"))
+
+
+@dataclass
+class WorkFolder:
+    """A locked work folder and the state in it."""
+
+    path: Path
+    key: Mapping[str, Any]
+    state: dict[str, Any]  # empty at the start of a run
+
+    def save(self, **state: Any) -> None:
+        """Replace the state, atomically; a killed process leaves the old or the new one."""
+        self.state = state
+        document = {"format": FORMAT, "key": dict(self.key), "state": state}
+        with atomic_write(self.path / STATE) as temporary:
+            temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def open_work(work: Work, key: Mapping[str, Any]) -> Iterator[WorkFolder]:
+    """Open a work folder, or make it; what is in it stays when the block ends.
+
+    Args:
+        key: whose work it is (JSON values): model, calibration text, precision.
+
+    Raises:
+        MoneEdgeError: it holds unfinished work and neither `resume` nor `restart` was asked for,
+            it is another run's, or another process is working in it.
+    """
+    path, document = work.path, _read(work.path)
+    if document and not work.resume and not work.restart:
+        raise MoneEdgeError(
+            f"{path} holds unfinished work of an earlier run; add --resume to go on with it, "
+            "or --force to start again"
+        )
+    same = document.get("key") == dict(key)
+    if document and not same and not work.restart:
+        raise MoneEdgeError(_foreign(path, document.get("key"), key))
+    go_on = same and work.resume
+    path.mkdir(parents=True, exist_ok=True)
+    with (path / LOCK).open("w") as lock:
+        _lock(path, lock)
+        if not go_on:
+            _empty(path)
+        yield WorkFolder(path, key, document["state"] if go_on else {})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What the folder says of itself; empty if there is none or no step of it was finished."""
+    file = path / STATE
+    if not file.exists():
+        strangers = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
+        if path.is_file() or any(not _is_ours(name) for name in strangers):
+            raise MoneEdgeError(f"{path} is not a work folder; name another --outfile")
+        return {}
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+        if document["format"] != FORMAT or not isinstance(document["state"], dict):
+            raise ValueError("format")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise MoneEdgeError(f"{file} is damaged; remove {path} to start again") from error
+    return dict(document)
+
+
+def _is_ours(name: str) -> bool:
+    return name == LOCK or name.endswith((".tmp", ".bin", ".safetensors"))
+
+
+def _foreign(path: Path, found: Any, wanted: Mapping[str, Any]) -> str:
+    found = found if isinstance(found, dict) else {}
+    first = next((name for name in wanted if found.get(name) != wanted[name]), "key")
+    return (
+        f"{path} is the work of another run: its {first} is {_short(found.get(first))}, "
+        f"not {_short(wanted.get(first))}; start again with --force, or name another --outfile"
+    )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text[:12] if len(text) == 64 else text
+
+
+def _lock(path: Path, lock: Any) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise MoneEdgeError(f"another process is working in {path}") from error
+
+
+def _empty(path: Path) -> None:
+    for file in path.iterdir():
+        if file.name != LOCK and _is_ours(file.name) | (file.name == STATE):
+            file.unlink()

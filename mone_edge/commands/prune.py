@@ -1,0 +1,76 @@
+"""`mone-edge prune`: carry out a plan, in the format the model has."""
+
+import dataclasses
+import resource
+import sys
+from pathlib import Path
+
+import click
+
+from mone_edge.console import Console, common_options, force_option, human_bytes, offline_option
+
+
+@click.command("prune")
+@click.argument("model")
+@click.option(
+    "--plan", "plan_file", type=click.Path(path_type=Path), required=True, help="From `plan`."
+)
+@click.option(
+    "--stats", type=click.Path(path_type=Path), help="Where the novices are. [default: the plan's]"
+)
+@click.option("-o", "--outfile", type=click.Path(path_type=Path), required=True)
+@force_option
+@offline_option
+@common_options
+def command(
+    console: Console,
+    model: str,
+    plan_file: Path,
+    stats: Path | None,
+    outfile: Path,
+    force: bool,
+    offline: bool,
+) -> None:
+    """Write MODEL without the experts that a plan removes, at its own precision.
+
+    A checkpoint becomes a smaller checkpoint folder, which transformers loads after
+    `import mone_edge.checkpoint` (plans with --replacement drop need not even that).
+
+    \b
+    mone-edge prune ./OLMoE-1B-7B --plan plan.json -o OLMoE-pruned
+    """
+    _prune_checkpoint(console, model, plan_file, stats, outfile, force, offline)
+
+
+def _prune_checkpoint(
+    console: Console,
+    model: str,
+    plan_file: Path,
+    stats: Path | None,
+    outfile: Path,
+    force: bool,
+    offline: bool,
+) -> None:
+    from mone_edge import checkpoint, pipeline
+    from mone_edge.plan import PrunePlan
+    from mone_edge.source import resolve
+
+    plan = PrunePlan.load(plan_file)
+    source = resolve(model, offline=offline)
+    checkpoint.require_target(source, outfile, force=force)
+    measured = None if plan.replacement == "drop" else pipeline.stats_of_plan(plan, stats)
+    with console.progress("writing", "B") as progress:
+        made = checkpoint.prune_checkpoint(
+            source, plan, measured, outfile, force=force, progress=progress
+        )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    document = dataclasses.asdict(made) | {
+        "outfile": str(made.outfile),
+        "experts_kept": list(made.experts_kept),
+        "peak_rss_bytes": peak if sys.platform == "darwin" else 1024 * peak,
+    }
+    console.result(
+        document,
+        f"{made.outfile}: {human_bytes(made.bytes)}, {made.prune_ratio:.1%} of the experts "
+        f"removed, written in {made.seconds:.1f} s",
+    )
