@@ -21,6 +21,7 @@ COMMANDS = {
     "stats": "Measure every expert of a model on calibration text.",
     "merge-stats": "Add up statistics files of one model.",
     "plan": "Decide which experts go, from statistics.",
+    "prune": "Carry a plan out on a GGUF, its quantised blocks untouched.",
     "run": "Generate text with a GGUF.",
     "serve": "Serve a GGUF with llama.cpp's OpenAI-compatible server.",
     "bench": "Speed, memory and size of GGUFs.",

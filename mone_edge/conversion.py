@@ -20,7 +20,7 @@ import numpy as np
 from mone_edge import runtime
 from mone_edge.errors import MoneEdgeError
 from mone_edge.model_file import Array, Chunk, LazyTensor, ModelFile
-from mone_edge.source import Source
+from mone_edge.source import Checkpoint, Source
 
 UNQUANTISED = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16"}
 
@@ -38,7 +38,9 @@ def packages() -> tuple[ModuleType, ModuleType]:
         del sys.path[:2]
 
 
-def open_checkpoint(source: Source, *, dtype: str = "F32", tokenizer_pre: str = "") -> ModelFile:
+def open_checkpoint(
+    source: Checkpoint, *, dtype: str = "F32", tokenizer_pre: str = ""
+) -> ModelFile:
     """The model that llama.cpp's converter would write for `dtype`, with nothing read yet.
 
     Args:

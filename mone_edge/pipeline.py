@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 
 from mone_edge import __version__, convert
-from mone_edge.conversion import open_checkpoint
 from mone_edge.model_file import ModelFile
 from mone_edge.paths import cache_dir
 from mone_edge.plan import PrunePlan, make_plan
@@ -33,13 +32,12 @@ def calibrate(
     progress: Progress | None = None,
     warn: Say = lambda message: None,
 ) -> ExpertStats:
-    """Measure every expert on calibration text (torch)."""
+    """Measure every expert on calibration text (a checkpoint by torch, a GGUF by llama.cpp)."""
     from mone_edge import calibration as text
-    from mone_edge.collect.torch_model import collect
 
     batches = text.load(
         calibration.data,
-        text.load_tokenizer(source.path),
+        source.tokenizer(),
         samples=calibration.samples,
         seq_len=calibration.seq_len,
         seed=calibration.seed,
@@ -47,14 +45,7 @@ def calibrate(
     )
     if batches.short:
         warn(batches.short)
-    stats = collect(
-        source.path,
-        batches,
-        model=source.name,
-        fingerprint=source.fingerprint,
-        device=device,
-        on_progress=progress,
-    )
+    stats = source.collect(batches, device=device, progress=progress)
     if unseen := stats.unseen():
         experts = sum(layer.num_experts for layer in stats.layers.values())
         warn(
@@ -94,7 +85,7 @@ def rehearse(source: Source, recipe: Recipe, outfiles: dict[str, Path]) -> list[
     Sizes are those of the real run (with `--scope model`, of the same number of experts), and
     what cannot work is refused here, before minutes of calibration.
     """
-    model = open_checkpoint(source, tokenizer_pre=recipe.tokenizer_pre)
+    model = source.open(tokenizer_pre=recipe.tokenizer_pre)
     stats = _shape_of_stats(source, model)
     plan = None
     if recipe.prune_ratio:
