@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from mone_edge.stats import ExpertStats
 
 PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+PER_EXPERT = re.compile(
+    r"blk\.\d+\.(ffn_(gate|up|down|gate_up)_exps|ffn_gate_inp|exp_probs_b)\.(weight|bias|scale)"
+)
 CONTAINER_KEYS = ("general.alignment", "split.no", "split.count", "split.tensors.count")
 NUMPY_TYPES = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "I8": "i1", "I16": "<i2", "I32": "<i4",
                "I64": "<i8", "BF16": "<u2"}  # fmt: skip
@@ -133,6 +136,7 @@ def open_source(name: str, path: Path) -> GgufSource:
             f"{source.architecture}.expert_count; there is nothing to prune"
         )
     _require_unpruned(source)
+    _require_whole_stacks(source)
     return source
 
 
@@ -175,6 +179,16 @@ def _require_unpruned(source: GgufSource) -> None:
         f"{source.name} is pruned already{how}; prune the model it was made from, at another "
         "--prune-ratio"
     )
+
+
+def _require_whole_stacks(source: GgufSource) -> None:
+    """Every stack of experts and every router must have as many rows as there are experts."""
+    for name, ref in source.tensors.items():
+        if PER_EXPERT.fullmatch(name) and ref.shape[0] != source.num_experts:
+            raise MoneEdgeError(
+                f"{source.path}: {name} is for {ref.shape[0]} experts, "
+                f"{source.architecture}.expert_count says {source.num_experts}"
+            )
 
 
 def _any(entry: Entry) -> bool:

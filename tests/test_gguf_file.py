@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mone_edge import convert, pipeline, quantize
+from mone_edge.calibration import Batches
 from mone_edge.cli import run
 from mone_edge.errors import MoneEdgeError, UsageError
 from mone_edge.llama import GgufModel
@@ -293,6 +294,32 @@ def test_a_gguf_without_experts_is_dense(tmp_path: Path) -> None:
     writer.close()
     with pytest.raises(MoneEdgeError, match=r"\(llama\) is a dense model"):
         resolve(str(path))
+
+
+def test_stacks_must_hold_all_experts(quantised: Callable[[str], Path], tmp_path: Path) -> None:
+    whole = quantised("Q8_0")
+    key = b"qwen3moe.expert_count"
+    position = whole.read_bytes().index(key) + len(key) + 4
+    bad = put(tmp_path / "bad.gguf", whole, position, struct.pack("<I", 9))
+    with pytest.raises(MoneEdgeError, match="is for 8 experts, qwen3moe.expert_count says 9"):
+        resolve(str(bad))
+
+
+def test_imatrix_of_the_statistics_guides_requantising(
+    quantised: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = resolve(str(quantised("Q8_0")))
+    tokens = np.random.default_rng(0).integers(2, tiny.VOCAB, (2, 64))
+    batches = Batches(tokens, ("random",), "", 0, *tokens.shape, tokens.size)
+    stats = source.collect(batches)
+    imatrix = tmp_path / "imatrix.gguf"
+    quantize.write_imatrix(quantize.imatrix_from_stats(source.open(), stats), imatrix)
+    options = ["--allow-requantize", "--imatrix", str(imatrix)]
+    theirs = llama_quantize(source.path, tmp_path / "t.gguf", "Q4_0", *options)
+    recipe = Recipe(source.name, imatrix="auto")
+    jobs = convert.prepare(source, recipe, {"Q4_0": tmp_path / "o.gguf"}, stats=stats)
+    assert tensors(convert.write(jobs, recipe)[0].outfile) == tensors(theirs)
+    assert tensors(theirs) != tensors(write(source, tmp_path / "plain.gguf", "Q4_0"))
 
 
 def test_prune_command(
