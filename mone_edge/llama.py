@@ -24,7 +24,6 @@ GGUF_MAGIC = b"GGUF"
 MAX_BATCH_TOKENS = 512
 ERROR, CONTINUED = 4, 5  # ggml_log_level
 GENERIC_FAILURE = "failed to load model"  # llama.cpp's last line, which never tells the reason
-NUMPY_TYPES = {0: np.dtype(np.float32), 26: np.dtype(np.int32)}  # by ggml_type
 
 
 class TensorWatcher(Protocol):
@@ -363,7 +362,7 @@ class GgufModel:
 
     def _make_eval_callback(self) -> Any:
         """A `ggml_backend_sched_eval_callback` that hands wanted tensors to watcher or observer."""
-        observer = self._observer or _Watching(self._watcher, TensorReader(self._api))
+        observer = self._observer or _Watching(self._watcher)
         library = self._api._lib
 
         def callback(tensor: int, ask: bool, _: int) -> bool:
@@ -380,9 +379,9 @@ class GgufModel:
 class _Watching:
     """A `TensorWatcher` as a `GraphObserver`."""
 
-    def __init__(self, watcher: TensorWatcher | None, reader: "TensorReader") -> None:
+    def __init__(self, watcher: TensorWatcher | None) -> None:
         assert watcher is not None
-        self._watcher, self._reader = watcher, reader
+        self._watcher = watcher
 
     def start(self) -> None:
         pass
@@ -391,51 +390,8 @@ class _Watching:
         return self._watcher.wants(node.name)
 
     def see(self, node: Node) -> bool:
-        self._watcher.see(node.name, self._reader.values(node.address))
+        self._watcher.see(node.name, node.values().copy())
         return True
-
-
-class _TensorHead(ctypes.Structure):
-    """The leading fields of `struct ggml_tensor`."""
-
-    _fields_ = [
-        ("type", ctypes.c_int),
-        ("buffer", ctypes.c_void_p),
-        ("ne", ctypes.c_int64 * 4),
-        ("nb", ctypes.c_size_t * 4),
-    ]
-
-
-class TensorReader:
-    """Copies tensors out of a running graph, on whatever device they are."""
-
-    def __init__(self, api: Any) -> None:
-        library = api._lib
-        self._name = library.ggml_get_name
-        self._name.argtypes, self._name.restype = [ctypes.c_void_p], ctypes.c_char_p
-        self._bytes = library.ggml_nbytes
-        self._bytes.argtypes, self._bytes.restype = [ctypes.c_void_p], ctypes.c_size_t
-        self._get = library.ggml_backend_tensor_get
-        self._get.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
-        self._get.restype = None
-
-    def name(self, tensor: int) -> str:
-        """The graph's name of a tensor, such as `ffn_moe_topk-3`."""
-        return bytes(self._name(tensor)).decode("utf-8", "replace")
-
-    def values(self, tensor: int) -> NDArray[Any]:
-        """A copy of an F32 or I32 tensor, views included; GGML's last dimension first."""
-        head = _TensorHead.from_address(tensor)
-        if head.type not in NUMPY_TYPES:
-            name = self.name(tensor)
-            raise MoneEdgeError(f"tensor {name} has ggml type {head.type}, not F32 or I32")
-        buffer = np.empty(self._bytes(tensor), np.uint8)
-        self._get(tensor, buffer.ctypes.data, 0, buffer.nbytes)
-        shape, strides = tuple(head.ne)[::-1], tuple(head.nb)[::-1]
-        while len(shape) > 2 and shape[0] == 1:
-            shape, strides = shape[1:], strides[1:]
-        view: NDArray[Any] = np.ndarray(shape, NUMPY_TYPES[head.type], buffer, 0, strides)
-        return view.copy()
 
 
 class _LogRoute:
