@@ -102,7 +102,12 @@ class GgufSource(Source):
         return GgufTokenizer(self.path)
 
     def collect(
-        self, batches: "Batches", *, device: str = "auto", progress: Progress | None = None
+        self,
+        batches: "Batches",
+        *,
+        device: str = "auto",
+        threads: int | None = None,
+        progress: Progress | None = None,
     ) -> "ExpertStats":
         """See `collect.gguf.collect`."""
         from mone_edge.collect.gguf import collect
@@ -114,6 +119,7 @@ class GgufSource(Source):
             batches,
             model=self.name,
             fingerprint=self.fingerprint,
+            threads=threads,
             on_progress=progress,
         )
 

@@ -28,6 +28,7 @@ def calibrate(
     calibration: Calibration,
     *,
     device: str = "auto",
+    threads: int | None = None,
     offline: bool = False,
     progress: Progress | None = None,
     warn: Say = lambda message: None,
@@ -45,7 +46,7 @@ def calibrate(
     )
     if batches.short:
         warn(batches.short)
-    stats = source.collect(batches, device=device, progress=progress)
+    stats = source.collect(batches, device=device, threads=threads, progress=progress)
     if unseen := stats.unseen():
         experts = sum(layer.num_experts for layer in stats.layers.values())
         warn(

@@ -101,7 +101,12 @@ class Source(ABC):
 
     @abstractmethod
     def collect(
-        self, batches: "Batches", *, device: str = "auto", progress: Progress | None = None
+        self,
+        batches: "Batches",
+        *,
+        device: str = "auto",
+        threads: int | None = None,
+        progress: Progress | None = None,
     ) -> "ExpertStats":
         """Run packed tokens through the model and gather every statistic."""
 
@@ -196,11 +201,20 @@ class Checkpoint(Source):
         return load_tokenizer(self.path)
 
     def collect(
-        self, batches: "Batches", *, device: str = "auto", progress: Progress | None = None
+        self,
+        batches: "Batches",
+        *,
+        device: str = "auto",
+        threads: int | None = None,
+        progress: Progress | None = None,
     ) -> "ExpertStats":
         """See `collect.torch_model.collect`."""
+        import torch
+
         from mone_edge.collect.torch_model import collect
 
+        if threads:
+            torch.set_num_threads(threads)
         return collect(
             self.path,
             batches,

@@ -122,6 +122,7 @@ class ExpertObserver:
         self.linears: dict[str, LinearStats] = {}
         self._routed: dict[int, RoutedSums] = {}  # blocks of this batch that are not finished
         self._inputs: dict[int, LinearStats] = {}  # of this batch, by address of the input's node
+        self._seen = 0  # address of the node that was computed last
         self._head = ""  # once known: the weight that nothing but logits comes from
 
     def start(self) -> None:
@@ -131,7 +132,10 @@ class ExpertObserver:
     def wants(self, node: Node) -> bool:
         name = node.name
         if name.startswith("ffn_moe_"):
-            if match := RAW_OUTPUT.fullmatch(name) or WEIGHTED.fullmatch(name):
+            if match := WEIGHTED.fullmatch(name):
+                self._finish(int(match[1]), node)
+                return False
+            if match := RAW_OUTPUT.fullmatch(name):
                 return int(match[1]) in self._routed
         elif name == HEAD_INPUT:
             return bool(self._head)
@@ -153,7 +157,7 @@ class ExpertObserver:
         return True
 
     def see(self, node: Node) -> bool:
-        name, op = node.name, node.op
+        name, op, self._seen = node.name, node.op, node.address
         if op == "MUL_MAT_ID":
             self._see_product(node)
         elif op == "MUL_MAT":
@@ -161,10 +165,6 @@ class ExpertObserver:
         elif name == HEAD_INPUT:
             self._add_linear(self._head, _linear(node))
             return False  # logits are not needed, and a large vocabulary makes them dear
-        elif match := RAW_OUTPUT.fullmatch(name):
-            self._routed[int(match[1])].add_outputs(node.values())
-        elif match := WEIGHTED.fullmatch(name):
-            self._finish(int(match[1]), node)
         return True
 
     def _see_product(self, node: Node) -> None:
@@ -179,14 +179,19 @@ class ExpertObserver:
             self._routed[layer] = RoutedSums(stack.stacked, ids.values(), values[:, 0])
         if match[2] == "down":
             self._routed[layer].add_inner(values)
-            self._routed[layer].add_outputs(node.values())
 
     def _finish(self, layer: int, node: Node) -> None:
-        weights = node.source(1)
-        if weights is None:
-            return
-        routed = self._routed.pop(layer)
-        stats = routed.finish(weights.values())
+        """Before outputs are multiplied by their weights (in place, as likely as not): read both.
+
+        Raises:
+            MoneEdgeError: something else happens to the outputs first.
+        """
+        outputs, weights, routed = node.source(0), node.source(1), self._routed.pop(layer, None)
+        if routed is None or outputs is None or weights is None or outputs.address != self._seen:
+            raise MoneEdgeError(
+                f"block {layer} does not weight its experts' outputs: not supported"
+            )
+        stats = routed.finish(outputs.values(), weights.values())
         before = self.layers.get(layer)
         self.layers[layer] = before.merge(stats) if before else stats
 

@@ -17,7 +17,7 @@ Values = NDArray[Any]
 
 
 class RoutedSums:
-    """One batch: tokens sorted by expert, sums taken expert by expert."""
+    """One batch: sums taken expert by expert, over a copy of its rows only (they fit a cache)."""
 
     def __init__(self, num_experts: int, ids: Values, inputs: Values) -> None:
         """
@@ -34,32 +34,26 @@ class RoutedSums:
         np.put_along_axis(routed, ids.astype(np.int64), 1.0, axis=1)
         self.input_sq_sum = (routed.T @ np.square(inputs)).astype(np.float64)  # [E, H]
         self.inner_sq_sum: Float | None = None
-        self.outputs: Values | None = None
 
     def add_inner(self, inner: Values) -> None:
         """[T, K, I]: what the down projection reads."""
-        rows = self._sorted(inner)
-        self.inner_sq_sum = np.zeros((self.num_experts, rows.shape[1]))
-        for expert, part in self._experts():
-            self.inner_sq_sum[expert] = squared_columns(rows[part])
+        self.inner_sq_sum = np.zeros((self.num_experts, inner.shape[-1]))
+        for expert, slots in self._experts():
+            self.inner_sq_sum[expert] = squared_columns(_rows(inner, slots))
 
-    def add_outputs(self, outputs: Values) -> None:
-        """[T, K, D]: raw outputs; those that came before are forgotten."""
-        self.outputs = self._sorted(outputs)
-
-    def finish(self, weights: Values) -> LayerStats:
+    def finish(self, outputs: Values, weights: Values) -> LayerStats:
         """The statistics.
 
         Args:
-            weights: [T, K, 1] what the raw outputs are multiplied by.
+            outputs: [T, K, D] raw outputs.
+            weights: [T, K, 1] what they are multiplied by.
         """
-        assert self.outputs is not None and self.inner_sq_sum is not None
-        gates = weights.reshape(-1)[self.order].astype(np.float32)
-        width = self.outputs.shape[1]
+        assert self.inner_sq_sum is not None
+        width, gates = outputs.shape[-1], weights.reshape(-1).astype(np.float32)
         mean, m2, gate_sq_mean = (np.zeros((self.num_experts, width)) for _ in range(3))
         scalars = np.zeros((6, self.num_experts))
-        for expert, part in self._experts():
-            rows, gate = self.outputs[part], gates[part]
+        for expert, slots in self._experts():
+            rows, gate = _rows(outputs, slots), gates[slots]
             norm_sq = np.einsum("nd,nd->n", rows, rows)
             centre = rows.mean(0)
             rows -= centre
@@ -87,16 +81,16 @@ class RoutedSums:
             inner_sq_sum=self.inner_sq_sum,
         )
 
-    def _sorted(self, values: Values) -> Values:
-        """[T, K, n] -> [T * K, n] by expert; a copy."""
-        rows = values.reshape(self.tokens * self.top_k, values.shape[-1])
-        return np.ascontiguousarray(rows[self.order])
-
-    def _experts(self) -> Iterator[tuple[int, slice]]:
-        """Each expert that got tokens, and where its rows are."""
+    def _experts(self) -> Iterator[tuple[int, NDArray[np.int64]]]:
+        """Each expert that got tokens, and its slots: token * K + rank."""
         ends = np.cumsum(self.count)
         for expert in np.flatnonzero(self.count).tolist():
-            yield expert, slice(int(ends[expert] - self.count[expert]), int(ends[expert]))
+            yield expert, self.order[ends[expert] - self.count[expert] : ends[expert]]
+
+
+def _rows(values: Values, slots: NDArray[np.int64]) -> Values:
+    """[T, K, n], slots -> [len(slots), n]; a copy."""
+    return np.take(values.reshape(-1, values.shape[-1]), slots, axis=0)
 
 
 def _scalar_sums(gate: Values, gate_sq: Values, norm_sq: Values) -> list[np.float64]:

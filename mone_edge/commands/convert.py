@@ -99,7 +99,7 @@ def command(
     if dry_run:
         _tell_estimate(console, rehearsal)
         return
-    measured, decided = _decide(console, source, chosen, plan, stats, device, offline)
+    measured, decided = _decide(console, source, chosen, plan, stats, device, threads, offline)
     jobs = convert.prepare(source, chosen, outfiles, plan=decided, stats=measured)
     with console.progress("writing", "B") as progress:
         made = convert.write(
@@ -199,6 +199,7 @@ def _decide(
     plan: "PrunePlan | None",
     stats: Path | None,
     device: str,
+    threads: int | None,
     offline: bool,
 ) -> "tuple[ExpertStats | None, PrunePlan | None]":
     """Statistics and plan: the user's where given, else from the cache or measured now."""
@@ -217,7 +218,7 @@ def _decide(
             console.info(f"statistics from {stats}")
             measured = ExpertStats.load(stats)
         else:
-            measured = _measure(console, source, recipe, device, offline)
+            measured = _measure(console, source, recipe, device, threads, offline)
             stats.parent.mkdir(parents=True, exist_ok=True)
             measured.save(stats)
     decided = pipeline.plan_from_stats(recipe, measured, stats) if recipe.prune_ratio else None
@@ -225,7 +226,12 @@ def _decide(
 
 
 def _measure(
-    console: Console, source: "Source", recipe: "Recipe", device: str, offline: bool
+    console: Console,
+    source: "Source",
+    recipe: "Recipe",
+    device: str,
+    threads: int | None,
+    offline: bool,
 ) -> "ExpertStats":
     from mone_edge import pipeline
 
@@ -234,6 +240,7 @@ def _measure(
             source,
             recipe.calibration,
             device=device,
+            threads=threads,
             offline=offline,
             progress=progress,
             warn=console.warn,

@@ -15,6 +15,7 @@ from mone_edge.console import Console, common_options, force_option, offline_opt
     show_default=True,
 )  # fmt: skip
 @calibration_options
+@click.option("--threads", "-t", type=click.IntRange(1), help="[default: all cores]")
 @force_option
 @offline_option
 @common_options
@@ -27,6 +28,7 @@ def command(
     seq_len: int,
     seed: int,
     device: str,
+    threads: int | None,
     force: bool,
     offline: bool,
 ) -> None:
@@ -36,6 +38,7 @@ def command(
 
     \b
     mone-edge stats demo -o demo.safetensors --samples 32 --seq-len 512
+    mone-edge stats model-Q4_K_M.gguf
     """
     from mone_edge import pipeline
     from mone_edge.paths import require_writable
@@ -50,6 +53,7 @@ def command(
             source,
             calibration,
             device=device,
+            threads=threads,
             offline=offline,
             progress=progress,
             warn=console.warn,
