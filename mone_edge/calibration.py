@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,41 @@ _HUB = re.compile(
     r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?:\[(?P<subset>[^\]]+)\])?"
     r"(?:\((?P<split>[^)]+)\))?(?::(?P<limit>\d+))?"
 )
+
+
+class Tokenizer(Protocol):
+    """What packing needs of a tokenizer."""
+
+    @property
+    def eos_id(self) -> int | None:
+        """The token between documents."""
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of a text, none added at its ends."""
+
+    def chat(self, messages: list[Any]) -> str | None:
+        """Messages through the chat template, None if there is none."""
+
+
+class TransformersTokenizer:
+    """A transformers tokenizer as `Tokenizer`."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    @property
+    def eos_id(self) -> int | None:
+        found: int | None = self._tokenizer.eos_token_id
+        return found
+
+    def ids(self, text: str) -> list[int]:
+        encoded = self._tokenizer(text, add_special_tokens=False, verbose=False)
+        return list(encoded["input_ids"])
+
+    def chat(self, messages: list[Any]) -> str | None:
+        if not getattr(self._tokenizer, "chat_template", None):
+            return None
+        return str(self._tokenizer.apply_chat_template(messages, tokenize=False))
 
 
 @dataclass(frozen=True)
@@ -66,7 +101,7 @@ class Batches:
 
 def load(
     specs: Sequence[str],
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     *,
     samples: int = SAMPLES,
     seq_len: int = SEQ_LEN,
@@ -78,7 +113,7 @@ def load(
     Args:
         specs: files or `name[subset](split):N` of hub datasets (a local path wins); none means the
             text that comes with the package.
-        tokenizer: a transformers tokenizer, or its folder.
+        tokenizer: the model's own (`Source.tokenizer`).
         samples: sequences wanted.
         seq_len: tokens per sequence. Text shorter than one sequence gives one shorter sequence.
         seed: of the sampling.
@@ -92,8 +127,6 @@ def load(
         raise UsageError(
             f"--samples {samples} --seq-len {seq_len}: at least 1 sequence of {MIN_SEQ_LEN} tokens"
         )
-    if isinstance(tokenizer, str | Path):
-        tokenizer = load_tokenizer(Path(tokenizer))
     names = tuple(specs) or (_default_spec(),)
     enough = HEADROOM * samples * seq_len
     streams = [_token_stream(spec, tokenizer, enough, offline) for spec in names]
@@ -110,7 +143,7 @@ def load(
     return Batches(tokens, names, sha256, seed, samples, seq_len, available, tuple(unused))
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a checkpoint folder, from local files only.
 
     Raises:
@@ -119,10 +152,13 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        found = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise MoneEdgeError(f"{folder}: no usable tokenizer: {reason[0]}") from error
+    return TransformersTokenizer(found)
 
 
 def _default_spec() -> str:
@@ -157,12 +193,12 @@ def _shares(available: list[int], samples: int) -> list[int]:
     return shares
 
 
-def _token_stream(spec: str, tokenizer: Any, enough: int, offline: bool) -> NDArray[np.int64]:
+def _token_stream(spec: str, tokenizer: Tokenizer, enough: int, offline: bool) -> NDArray[np.int64]:
     """Token ids of a source, documents joined by the end-of-sequence token."""
     ids: list[int] = []
-    eos = tokenizer.eos_token_id
+    eos = tokenizer.eos_id
     for document in _documents(spec, tokenizer, enough, offline):
-        encoded = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        encoded = tokenizer.ids(document)
         if ids and encoded and eos is not None:
             ids.append(eos)
         ids.extend(encoded)
@@ -171,7 +207,7 @@ def _token_stream(spec: str, tokenizer: Any, enough: int, offline: bool) -> NDAr
     return np.asarray(ids, dtype=np.int64)
 
 
-def _documents(spec: str, tokenizer: Any, enough: int, offline: bool) -> Iterator[str]:
+def _documents(spec: str, tokenizer: Tokenizer, enough: int, offline: bool) -> Iterator[str]:
     path = Path(spec).expanduser()
     if path.is_dir():
         raise MoneEdgeError(f"--data {spec} is a folder; name a text or jsonl file in it")
@@ -186,7 +222,7 @@ def _documents(spec: str, tokenizer: Any, enough: int, offline: bool) -> Iterato
     return _hub_documents(spec, match, tokenizer, offline)
 
 
-def _file_documents(path: Path, tokenizer: Any, characters: int) -> Iterator[str]:
+def _file_documents(path: Path, tokenizer: Tokenizer, characters: int) -> Iterator[str]:
     try:
         if path.suffix not in (".jsonl", ".ndjson"):
             with path.open(encoding="utf-8-sig") as file:
@@ -211,7 +247,7 @@ def _json(line: str, path: Path, number: int) -> Any:
         raise MoneEdgeError(f"{path}, line {number}: not JSON: {error}") from error
 
 
-def _record_text(record: Any, tokenizer: Any, where: str) -> str:
+def _record_text(record: Any, tokenizer: Tokenizer, where: str) -> str:
     """The text of a record: its "text", or its "messages" through the tokenizer's chat template."""
     if isinstance(record, dict):
         for column in TEXT_COLUMNS:
@@ -222,20 +258,23 @@ def _record_text(record: Any, tokenizer: Any, where: str) -> str:
     raise MoneEdgeError(f'{where}: no "text" and no "messages" to calibrate on')
 
 
-def _chat_text(messages: list[Any], tokenizer: Any, where: str) -> str:
+def _chat_text(messages: list[Any], tokenizer: Tokenizer, where: str) -> str:
     from jinja2 import TemplateError
 
-    if not getattr(tokenizer, "chat_template", None):
-        raise MoneEdgeError(f'{where}: has "messages", but the tokenizer has no chat template')
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+        text = tokenizer.chat(messages)
     except (TemplateError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise MoneEdgeError(
             f"{where}: the chat template refuses these messages: {error}"
         ) from error
+    if text is None:
+        raise MoneEdgeError(f'{where}: has "messages", but the tokenizer has no chat template')
+    return text
 
 
-def _hub_documents(spec: str, match: re.Match[str], tokenizer: Any, offline: bool) -> Iterator[str]:
+def _hub_documents(
+    spec: str, match: re.Match[str], tokenizer: Tokenizer, offline: bool
+) -> Iterator[str]:
     try:
         import datasets
     except ImportError as error:

@@ -36,7 +36,7 @@ from mone_edge.source import (
     EXPERT_COUNT_KEYS,
     EXPERT_KEY,
     PRUNED_METHOD,
-    Source,
+    Checkpoint,
     TensorRef,
     item_bytes,
 )
@@ -73,7 +73,7 @@ class _Block:
 
 
 def prune_checkpoint(
-    source: Source,
+    source: Checkpoint,
     plan: PrunePlan,
     stats: ExpertStats | None,
     folder: Path,
@@ -127,7 +127,7 @@ def prune_checkpoint(
     )
 
 
-def require_target(source: Source, folder: Path, *, force: bool) -> None:
+def require_target(source: Checkpoint, folder: Path, *, force: bool) -> None:
     """Refuse a folder that must not be written.
 
     Raises:
@@ -147,7 +147,7 @@ def require_target(source: Source, folder: Path, *, force: bool) -> None:
         raise MoneEdgeError(f"cannot write in {folder.parent}: {error.strerror}") from error
 
 
-def _entries(source: Source, plan: PrunePlan, stats: ExpertStats | None) -> list[Entry]:
+def _entries(source: Checkpoint, plan: PrunePlan, stats: ExpertStats | None) -> list[Entry]:
     """Every tensor of the pruned checkpoint, in the order of the source's files."""
     model = on_meta(source)
     blocks = _blocks(model, plan)
@@ -255,7 +255,7 @@ def _read(ref: TensorRef, start: int, size: int) -> Iterator[bytes]:
             yield data
 
 
-def read_plan(source: Source) -> PrunePlan:
+def read_plan(source: Checkpoint) -> PrunePlan:
     """The plan that a pruned checkpoint carries.
 
     A checkpoint of another MoNE pruner names its pruned experts only (`approximate_experts`).
@@ -285,7 +285,7 @@ def read_plan(source: Source) -> PrunePlan:
     return PrunePlan.parse(document, where)
 
 
-def read_novices(source: Source, plan: PrunePlan) -> ExpertStats:
+def read_novices(source: Checkpoint, plan: PrunePlan) -> ExpertStats:
     """The novices of a pruned checkpoint, as statistics that hold their means and nothing else.
 
     Raises:
@@ -310,7 +310,7 @@ def read_novices(source: Source, plan: PrunePlan) -> ExpertStats:
     return ExpertStats(made, layers)
 
 
-def _expert_keys(source: Source) -> Iterator[tuple[int, int, str]]:
+def _expert_keys(source: Checkpoint) -> Iterator[tuple[int, int, str]]:
     """(layer, expert, key) of every tensor of a single expert."""
     for key in source.tensors:
         match, block = EXPERT_KEY.fullmatch(key), re.search(r"\blayers\.(\d+)\.", key)
@@ -345,7 +345,7 @@ def _once(data: bytes) -> Iterator[bytes]:
     yield data
 
 
-def _config(source: Source, plan: PrunePlan) -> dict[str, Any]:
+def _config(source: Checkpoint, plan: PrunePlan) -> dict[str, Any]:
     """config.json of the pruned checkpoint."""
     config: dict[str, Any] = json.loads(json.dumps(source.config))
     nested = config.get("text_config")

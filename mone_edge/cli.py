@@ -22,7 +22,7 @@ COMMANDS = {
     "stats": "Measure every expert of a model on calibration text.",
     "merge-stats": "Add up statistics files of one model.",
     "plan": "Decide which experts go, from statistics.",
-    "prune": "Carry out a plan: a smaller checkpoint at its own precision.",
+    "prune": "Carry out a plan on a checkpoint or GGUF, at its own precision.",
     "run": "Generate text with a GGUF.",
     "serve": "Serve a GGUF with llama.cpp's OpenAI-compatible server.",
     "bench": "Speed, memory and size of GGUFs.",

@@ -21,7 +21,7 @@ from mone_edge import runtime
 from mone_edge.errors import MoneEdgeError
 from mone_edge.model_file import Array, Chunk, LazyTensor, ModelFile
 from mone_edge.novices import APPROX_VALUE
-from mone_edge.source import EXPERT_KEY, Source
+from mone_edge.source import EXPERT_KEY, Checkpoint
 
 UNQUANTISED = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16"}
 
@@ -39,7 +39,9 @@ def packages() -> tuple[ModuleType, ModuleType]:
         del sys.path[:2]
 
 
-def open_checkpoint(source: Source, *, dtype: str = "F32", tokenizer_pre: str = "") -> ModelFile:
+def open_checkpoint(
+    source: Checkpoint, *, dtype: str = "F32", tokenizer_pre: str = ""
+) -> ModelFile:
     """The model that llama.cpp's converter would write for `dtype`, with nothing read yet.
 
     Args:
@@ -100,7 +102,7 @@ def _require_known_pre(name: str, base: Any) -> None:
         raise MoneEdgeError(f"no pre-tokenizer {name}; llama.cpp knows {', '.join(known)}")
 
 
-def _prepare_metadata(model: Any, source: Source) -> None:
+def _prepare_metadata(model: Any, source: Checkpoint) -> None:
     try:
         model.prepare_metadata(vocab_only=False)
     except NotImplementedError as error:
@@ -166,7 +168,7 @@ def _stacks_in_chunks(gguf: ModuleType, lazy_torch: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _pruned_experts_filled_in(base: Any, source: Source) -> Iterator[None]:
+def _pruned_experts_filled_in(base: Any, source: Checkpoint) -> Iterator[None]:
     """Show the package a pruned checkpoint as if it were whole.
 
     It stacks the tensors of all experts of a layer. In place of a pruned one it gets a kept one,

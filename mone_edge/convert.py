@@ -1,4 +1,4 @@
-"""A checkpoint and a plan -> quantised GGUFs, in one pass over the weights.
+"""A model and a plan -> quantised GGUFs, in one pass over the weights.
 
 In: a `Source`, a `Recipe`, optionally a `PrunePlan` and `ExpertStats`. Out: GGUF files, each with
 its recipe and a model card beside it. All checks that can fail run before a weight is read; no
@@ -6,6 +6,7 @@ intermediate file is written; a pruned expert is never read. Calibrates and plan
 """
 
 import os
+import re
 import resource
 import shutil
 import sys
@@ -20,11 +21,11 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mone_edge import __version__, card, prune, quantize
-from mone_edge.conversion import UNQUANTISED, open_checkpoint, packages
+from mone_edge.conversion import UNQUANTISED, packages
 from mone_edge.errors import MoneEdgeError
 from mone_edge.model_file import LazyTensor, ModelFile
 from mone_edge.plan import PrunePlan
-from mone_edge.quantize import Imatrix
+from mone_edge.quantize import KEEP, Imatrix
 from mone_edge.recipe import Recipe
 from mone_edge.source import Source
 from mone_edge.stats import ExpertStats
@@ -80,7 +81,8 @@ def prepare(
         stats: for novices and, with `--imatrix auto`, the importance matrix.
 
     Raises:
-        MoneEdgeError: plan or statistics are of another model, or llama.cpp cannot hold the result.
+        MoneEdgeError: plan or statistics are of another model, llama.cpp cannot hold the result,
+            or an output file would replace the input.
     """
     for made in (plan, stats.provenance if stats else None):
         if made is not None and made.fingerprint != source.base_fingerprint:
@@ -89,7 +91,8 @@ def prepare(
                 f"{kind} of {made.model} ({made.fingerprint[:12]}), "
                 f"not of {source.name} ({source.base_fingerprint[:12]})"
             )
-    whole = open_checkpoint(source, tokenizer_pre=recipe.tokenizer_pre)
+    _require_other_files(source, outfiles)
+    whole = source.open(tokenizer_pre=recipe.tokenizer_pre)
     imatrix = _imatrix(whole, recipe, stats)
     model = prune.apply_plan(whole, plan, stats) if plan else whole
     if plan and imatrix:
@@ -100,6 +103,18 @@ def prepare(
         replace(_job(source, recipe, model, outtype, outfile, imatrix), plan=plan)
         for outtype, outfile in outfiles.items()
     ]
+
+
+def _require_other_files(source: Source, outfiles: dict[str, Path]) -> None:
+    """The input is never written to, nor is a part of it (`--split-max-size` names parts)."""
+    for outfile in outfiles.values():
+        parts = re.compile(rf"{re.escape(outfile.stem)}(-\d{{5}}-of-\d{{5}})?{outfile.suffix}")
+        for file in source.files:
+            same_folder = file.parent.resolve() == outfile.parent.resolve()
+            if (same_folder and parts.fullmatch(file.name)) or (
+                outfile.exists() and outfile.samefile(file)
+            ):
+                raise MoneEdgeError(f"{outfile} is the input itself; name another --outfile")
 
 
 def _imatrix(model: ModelFile, recipe: Recipe, stats: ExpertStats | None) -> dict[str, Any] | None:
@@ -138,21 +153,31 @@ def _job(
     outfile: Path,
     imatrix: Imatrix | None,
 ) -> Job:
-    gguf, _ = packages()
-    if outtype in UNQUANTISED:
-        plain = open_checkpoint(source, dtype=outtype, tokenizer_pre=recipe.tokenizer_pre)
+    if outtype in UNQUANTISED and not source.keeps_types:
+        plain = source.open(dtype=outtype, tokenizer_pre=recipe.tokenizer_pre)
         types = {
             name: plain.tensors[name].dtype if name in plain.tensors else tensor.dtype
             for name, tensor in model.tensors.items()
         }
-        enum = UNQUANTISED[outtype]
     else:
-        types = quantize.tensor_types(model, outtype, overrides=recipe.tensor_type, imatrix=imatrix)
-        enum = f"MOSTLY_{outtype}"
-    number = gguf.gguf_writer.GGUFValue(int(gguf.LlamaFileType[enum]), gguf.GGUFValueType.UINT32)
-    model = replace(model, metadata=model.metadata | {"general.file_type": number})
-    used = None if outtype in UNQUANTISED else imatrix
+        types = quantize.tensor_types(
+            model,
+            outtype,
+            overrides=recipe.tensor_type,
+            imatrix=imatrix,
+            requantise=source.keeps_types,
+        )
+    if outtype != KEEP:
+        model = _with_file_type(model, outtype)
+    used = None if outtype in (KEEP, *UNQUANTISED) else imatrix
     return Job(outfile, outtype, model, types, used, None)
+
+
+def _with_file_type(model: ModelFile, outtype: str) -> ModelFile:
+    gguf, _ = packages()
+    enum = UNQUANTISED.get(outtype, f"MOSTLY_{outtype}")
+    number = gguf.gguf_writer.GGUFValue(int(gguf.LlamaFileType[enum]), gguf.GGUFValueType.UINT32)
+    return replace(model, metadata=model.metadata | {"general.file_type": number})
 
 
 def require_space(jobs: Sequence[Job]) -> None:
@@ -173,11 +198,14 @@ def require_space(jobs: Sequence[Job]) -> None:
 
 def working_bytes(jobs: Sequence[Job]) -> int:
     """Memory that writing needs beyond the program itself: the largest chunk as floats, and its
-    quantised copy (at most as large)."""
-    largest = max(
-        4 * t.elements // len(t.chunks) for job in jobs for t in job.model.tensors.values()
+    quantised copy (at most as large); of a chunk that is only copied, its bytes."""
+    return max(
+        quantize.tensor_bytes(t, t.dtype) // len(t.chunks)
+        if job.outtype == KEEP
+        else 8 * t.elements // len(t.chunks)
+        for job in jobs
+        for t in job.model.tensors.values()
     )
-    return 2 * largest
 
 
 def write(
@@ -262,7 +290,7 @@ class StreamedTensor:
         if written != self.nbytes:
             raise MoneEdgeError(
                 f"{self.name} has {written} bytes where its header says {self.nbytes}: "
-                "the checkpoint's tensors do not match its config.json"
+                "the model's tensors do not match its configuration"
             )
 
 

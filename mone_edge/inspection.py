@@ -4,13 +4,13 @@ In: a path or MODEL. Out: a plain document for `mone-edge inspect` and scripts.
 """
 
 import math
-import struct
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from mone_edge import source, stats
 from mone_edge.errors import MoneEdgeError
+from mone_edge.gguf_header import read_header
 from mone_edge.plan import FORMAT as PLAN_FORMAT
 from mone_edge.plan import PrunePlan
 
@@ -54,41 +54,33 @@ def _checkpoint(found: source.Source) -> dict[str, Any]:
 
 
 def _gguf(path: Path) -> dict[str, Any]:
-    from gguf import GGUFReader, GGUFValueType
-
-    try:
-        reader = GGUFReader(path)
-        values = {key: field.contents() for key, field in reader.fields.items()}
-        quiet = [k for k, f in reader.fields.items() if f.types[:1] == [GGUFValueType.ARRAY]]
-    except (ValueError, KeyError, IndexError, OSError, OverflowError, MemoryError,
-            UnicodeDecodeError, TypeError, struct.error) as error:  # fmt: skip
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise MoneEdgeError(f"{path} is a damaged GGUF: {reason}") from error
-    end = max((int(t.data_offset) + int(t.n_bytes) for t in reader.tensors), default=0)
-    if end > path.stat().st_size:
-        raise MoneEdgeError(
-            f"{path} is truncated: it has {path.stat().st_size} bytes, its header promises {end}"
-        )
-    arch = str(values.get("general.architecture", "?"))
-    kept = values.get(f"{arch}.expert_kept_count")
+    header = read_header(path)
     return {
         "kind": "gguf",
         "path": str(path),
-        "architecture": arch,
-        "layers": values.get(f"{arch}.block_count"),
-        "experts": values.get(f"{arch}.expert_count", 0),
-        "top_k": values.get(f"{arch}.expert_used_count", 0),
-        "experts_kept": kept,
-        "parameters": sum(int(t.n_elements) for t in reader.tensors),
-        "tensors": len(reader.tensors),
-        "types": dict(Counter(t.tensor_type.name for t in reader.tensors)),
+        "architecture": header.arch,
+        "layers": header.value("{arch}.block_count"),
+        "experts": header.value("{arch}.expert_count", 0),
+        "top_k": header.value("{arch}.expert_used_count", 0),
+        "experts_kept": header.value("{arch}.expert_kept_count"),
+        "parameters": sum(math.prod(ref.shape) for ref in header.tensors.values()),
+        "tensors": len(header.tensors),
+        "types": dict(Counter(ref.dtype for ref in header.tensors.values())),
         "bytes": path.stat().st_size,
         "metadata": {
-            key: value
-            for key, value in values.items()
-            if not key.startswith(QUIET_KEYS) and not (key in quiet and len(value) > 256)
+            key: _text(entry.value)
+            for key, entry in header.metadata.items()
+            if not key.startswith(QUIET_KEYS)
+            and not (isinstance(entry.value, list) and len(entry.value) > 256)
         },
     }
+
+
+def _text(value: Any) -> Any:
+    """What is not UTF-8 in a GGUF, readable."""
+    if isinstance(value, list):
+        return [_text(item) for item in value]
+    return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else value
 
 
 def _stats(path: Path) -> dict[str, Any]:

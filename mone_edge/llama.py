@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mone_edge.errors import MoneEdgeError
+from mone_edge.graph import GraphObserver, Node
 
 Logits = NDArray[np.float32]
 
@@ -23,7 +24,6 @@ GGUF_MAGIC = b"GGUF"
 MAX_BATCH_TOKENS = 512
 ERROR, CONTINUED = 4, 5  # ggml_log_level
 GENERIC_FAILURE = "failed to load model"  # llama.cpp's last line, which never tells the reason
-NUMPY_TYPES = {0: np.dtype(np.float32), 26: np.dtype(np.int32)}  # by ggml_type
 
 
 class TensorWatcher(Protocol):
@@ -98,6 +98,8 @@ class GgufModel:
         n_ctx: tokens of context to reserve at once; it grows when a sequence needs more.
         threads: None uses every processor.
         watcher: sees tensors of every decoded batch (slower: the graph runs piecewise).
+        observer: the same with the nodes of the graph themselves; one of the two.
+        vocab_only: for token ids only; no weights are loaded.
         exact: keep keys and values in F32 and use plain attention, to compare with torch; the
             default is llama.cpp's own (F16, flash attention), as models run in use.
 
@@ -113,7 +115,9 @@ class GgufModel:
         n_ctx: int = 512,
         threads: int | None = None,
         watcher: TensorWatcher | None = None,
+        observer: GraphObserver | None = None,
         exact: bool = False,
+        vocab_only: bool = False,
     ) -> None:
         check_gguf(path)
         from mone_edge import runtime
@@ -122,18 +126,19 @@ class GgufModel:
         self._api: Any = runtime.load().llama_cpp
         self._threads = threads or default_threads()
         self._watcher = watcher
+        self._observer = observer
         self._exact = exact
         self._failure: BaseException | None = None
-        self._eval_callback = self._make_eval_callback() if watcher else None
+        self._eval_callback = self._make_eval_callback() if watcher or observer else None
         self._context: Any = None
         self._cells = n_ctx
         self._sequences = 1
         self._log = LogTail()
         listen(self._api, self._log)
         self._api.llama_backend_init()
-        self._model = self._api.llama_model_load_from_file(
-            os.fsencode(path), self._api.llama_model_default_params()
-        )
+        params = self._api.llama_model_default_params()
+        params.vocab_only = vocab_only
+        self._model = self._api.llama_model_load_from_file(os.fsencode(path), params)
         if not self._model:
             raise MoneEdgeError(f"llama.cpp cannot load {path}: {self._log.reason()}")
         self._vocab = self._api.llama_model_get_vocab(self._model)
@@ -169,6 +174,24 @@ class GgufModel:
         return int(self._api.llama_vocab_bos(self._vocab))
 
     @property
+    def eos_id(self) -> int | None:
+        """The id that ends a text, or None if the model has none."""
+        found = int(self._api.llama_vocab_eos(self._vocab))
+        return found if found >= 0 else None
+
+    def token_text(self, token: int | None) -> str:
+        """How the vocabulary writes a token; empty for None."""
+        if token is None:
+            return ""
+        return bytes(self._api.llama_vocab_get_text(self._vocab, token)).decode("utf-8", "replace")
+
+    @property
+    def chat_template(self) -> str:
+        """The model's Jinja template, empty if it has none."""
+        found = self._api.llama_model_chat_template(self._model, None)
+        return bytes(found).decode("utf-8", "replace") if found else ""
+
+    @property
     def context_length(self) -> int:
         """Tokens of context the model was trained with."""
         return int(self._api.llama_model_n_ctx_train(self._model))
@@ -198,11 +221,20 @@ class GgufModel:
 
     def token_ids(self, text: str) -> list[int]:
         """Ids of a text as `llama-perplexity` makes them: BOS if the model says so, no markup."""
+        return self._tokenize(text, special=True, markup=False)
+
+    def plain_ids(self, text: str) -> list[int]:
+        """Ids of a piece of text: nothing added at its ends, special tokens in it recognised."""
+        return self._tokenize(text, special=False, markup=True)
+
+    def _tokenize(self, text: str, *, special: bool, markup: bool) -> list[int]:
         data = text.encode("utf-8")
         room = len(data) + 8
         while True:
             ids = (self._api.llama_token * room)()
-            count = self._api.llama_tokenize(self._vocab, data, len(data), ids, room, True, False)
+            count = self._api.llama_tokenize(
+                self._vocab, data, len(data), ids, room, special, markup
+            )
             if count >= 0:
                 return list(ids[:count])
             room = -count
@@ -219,6 +251,19 @@ class GgufModel:
         """
         self._prepare(len(tokens), 1)
         return self._feed([(tokens, 0, 0, first)])
+
+    def read(self, tokens: Sequence[int]) -> None:
+        """Run one sequence from its start, for an observer: every position in every block.
+
+        llama.cpp leaves positions that nobody asks the logits of out of the last block, so they
+        are all asked for; none are copied.
+        """
+        self._prepare(len(tokens), 1)
+        size = min(self._cells, MAX_BATCH_TOKENS)
+        for begin in range(0, len(tokens), size):
+            part = list(tokens[begin : begin + size])
+            positions = list(range(begin, begin + len(part)))
+            self._decode(part, positions, [0] * len(part), [1] * len(part))
 
     def branch_logits(
         self, prefix: Sequence[int], branches: Sequence[Sequence[int]]
@@ -276,12 +321,13 @@ class GgufModel:
         size = min(self._cells, MAX_BATCH_TOKENS)
         for begin in range(0, len(tokens), size):
             part = slice(begin, begin + size)
-            parts.append(self._decode(tokens[part], positions[part], sequences[part], wanted[part]))
+            self._decode(tokens[part], positions[part], sequences[part], wanted[part])
+            parts.append(self._decoded_logits(sum(wanted[part])))
         return np.concatenate(parts)
 
     def _decode(
         self, tokens: list[int], positions: list[int], sequences: list[int], wanted: list[int]
-    ) -> Logits:
+    ) -> None:
         batch = self._api.llama_batch_init(len(tokens), 0, 1)
         try:
             batch.n_tokens = len(tokens)
@@ -289,6 +335,8 @@ class GgufModel:
                 batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, position, 1
                 batch.seq_id[i][0], batch.logits[i] = sequences[i], wanted[i]
             listen(self._api, self._log)
+            if self._observer:
+                self._observer.start()
             status = self._api.llama_decode(self._context, batch)
         finally:
             self._api.llama_batch_free(batch)
@@ -299,7 +347,10 @@ class GgufModel:
                 f"llama.cpp failed on {len(tokens)} tokens of {self.path} (status {status}): "
                 f"{self._log.reason()}"
             )
-        shape = (sum(wanted), self.vocab_size)
+
+    def _decoded_logits(self, rows: int) -> Logits:
+        """The logits of the last decoded batch [rows, vocabulary]."""
+        shape = (rows, self.vocab_size)
         if not shape[0]:
             return np.empty(shape, np.float32)
         return np.ctypeslib.as_array(self._api.llama_get_logits(self._context), shape).copy()
@@ -310,66 +361,37 @@ class GgufModel:
             self._context = None
 
     def _make_eval_callback(self) -> Any:
-        """A `ggml_backend_sched_eval_callback` that hands wanted tensors to the watcher."""
-        reader = TensorReader(self._api)
-        watcher = self._watcher
-        assert watcher is not None
+        """A `ggml_backend_sched_eval_callback` that hands wanted tensors to watcher or observer."""
+        observer = self._observer or _Watching(self._watcher)
+        library = self._api._lib
 
         def callback(tensor: int, ask: bool, _: int) -> bool:
             try:
-                name = reader.name(tensor)
-                if ask:
-                    return watcher.wants(name)
-                watcher.see(name, reader.values(tensor))
+                node = Node(library, tensor)
+                return observer.wants(node) if ask else observer.see(node)
             except BaseException as error:  # an exception must not cross C
                 self._failure = error
                 return False
-            return True
 
         return self._api.ggml_backend_sched_eval_callback(callback)
 
 
-class _TensorHead(ctypes.Structure):
-    """The leading fields of `struct ggml_tensor`."""
+class _Watching:
+    """A `TensorWatcher` as a `GraphObserver`."""
 
-    _fields_ = [
-        ("type", ctypes.c_int),
-        ("buffer", ctypes.c_void_p),
-        ("ne", ctypes.c_int64 * 4),
-        ("nb", ctypes.c_size_t * 4),
-    ]
+    def __init__(self, watcher: TensorWatcher | None) -> None:
+        assert watcher is not None
+        self._watcher = watcher
 
+    def start(self) -> None:
+        pass
 
-class TensorReader:
-    """Copies tensors out of a running graph, on whatever device they are."""
+    def wants(self, node: Node) -> bool:
+        return self._watcher.wants(node.name)
 
-    def __init__(self, api: Any) -> None:
-        library = api._lib
-        self._name = library.ggml_get_name
-        self._name.argtypes, self._name.restype = [ctypes.c_void_p], ctypes.c_char_p
-        self._bytes = library.ggml_nbytes
-        self._bytes.argtypes, self._bytes.restype = [ctypes.c_void_p], ctypes.c_size_t
-        self._get = library.ggml_backend_tensor_get
-        self._get.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
-        self._get.restype = None
-
-    def name(self, tensor: int) -> str:
-        """The graph's name of a tensor, such as `ffn_moe_topk-3`."""
-        return bytes(self._name(tensor)).decode("utf-8", "replace")
-
-    def values(self, tensor: int) -> NDArray[Any]:
-        """A copy of an F32 or I32 tensor, views included; GGML's last dimension first."""
-        head = _TensorHead.from_address(tensor)
-        if head.type not in NUMPY_TYPES:
-            name = self.name(tensor)
-            raise MoneEdgeError(f"tensor {name} has ggml type {head.type}, not F32 or I32")
-        buffer = np.empty(self._bytes(tensor), np.uint8)
-        self._get(tensor, buffer.ctypes.data, 0, buffer.nbytes)
-        shape, strides = tuple(head.ne)[::-1], tuple(head.nb)[::-1]
-        while len(shape) > 2 and shape[0] == 1:
-            shape, strides = shape[1:], strides[1:]
-        view: NDArray[Any] = np.ndarray(shape, NUMPY_TYPES[head.type], buffer, 0, strides)
-        return view.copy()
+    def see(self, node: Node) -> bool:
+        self._watcher.see(node.name, node.values().copy())
+        return True
 
 
 class _LogRoute:

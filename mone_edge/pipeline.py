@@ -7,11 +7,9 @@ what they were measured on, so that another ratio, method or type needs no new c
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mone_edge import __version__, convert
 from mone_edge.collect.work import Work
-from mone_edge.conversion import open_checkpoint
 from mone_edge.errors import MoneEdgeError
 from mone_edge.model_file import ModelFile
 from mone_edge.paths import cache_dir
@@ -19,10 +17,6 @@ from mone_edge.plan import PrunePlan, make_plan
 from mone_edge.recipe import Calibration, Recipe
 from mone_edge.source import Source
 from mone_edge.stats import ExpertStats, LayerStats, Provenance, empty_layer, file_sha256
-
-if TYPE_CHECKING:
-    from mone_edge.calibration import Batches
-    from mone_edge.collect.distributed import Group
 
 Progress = Callable[[int, int], None]
 Say = Callable[[str], None]
@@ -33,13 +27,15 @@ def calibrate(
     calibration: Calibration,
     *,
     device: str = "auto",
+    threads: int | None = None,
     offline: bool = False,
     sequential: bool = False,
     work: Work | None = None,
     progress: Progress | None = None,
     warn: Say = lambda message: None,
 ) -> ExpertStats | None:
-    """Measure every expert on calibration text (torch); under torchrun, each process its share.
+    """Measure every expert on calibration text: a checkpoint by torch (under torchrun, each process
+    its share), a GGUF by llama.cpp.
 
     Args:
         sequential: keep one layer's weights in memory; needs `work`.
@@ -49,13 +45,12 @@ def calibrate(
         The statistics; None in processes of a torchrun other than the first.
     """
     from mone_edge import calibration as text
-    from mone_edge.collect import distributed
 
     if source.is_pruned:
         raise MoneEdgeError(f"{source.name} is pruned already: measure the model it was made from")
     batches = text.load(
         calibration.data,
-        text.load_tokenizer(source.path),
+        source.tokenizer(),
         samples=calibration.samples,
         seq_len=calibration.seq_len,
         seed=calibration.seed,
@@ -63,8 +58,13 @@ def calibrate(
     )
     if batches.short:
         warn(batches.short)
-    stats = distributed.run(
-        lambda group: _measure(group, source, batches, device, sequential, work, progress)
+    stats = source.collect(
+        batches,
+        device=device,
+        threads=threads,
+        sequential=sequential,
+        work=work,
+        progress=progress,
     )
     if stats is None:
         return None
@@ -75,51 +75,6 @@ def calibrate(
             "they count as redundant: calibrate on more or other text (--samples, --data)"
         )
     return stats
-
-
-def _measure(
-    group: "Group",
-    source: Source,
-    batches: "Batches",
-    device: str,
-    sequential: bool,
-    work: Work | None,
-    progress: Progress | None,
-) -> ExpertStats:
-    from mone_edge.collect import torch_model
-
-    batch_tokens = torch_model.BATCH_TOKENS
-    batches = group.share(batches, batch_tokens)
-    work = work and work.of_rank(group.rank, group.size)
-    if sequential:
-        from mone_edge.collect.sequential import collect_sequential
-
-        assert work is not None
-        return collect_sequential(
-            source,
-            batches,
-            work,
-            device=device,
-            batch_tokens=batch_tokens,
-            on_progress=progress,
-        )
-    return torch_model.collect(
-        source.path,
-        batches,
-        model=source.name,
-        fingerprint=source.fingerprint,
-        device=device,
-        batch_tokens=batch_tokens,
-        work=work,
-        on_progress=progress,
-    )
-
-
-def fits(source: Source, device: str = "auto") -> bool:
-    """Whether the whole model has room in the memory."""
-    from mone_edge.collect import loading
-
-    return loading.fits(source.path, loading.choose_device(device))
 
 
 def cached_stats(source: Source, calibration: Calibration) -> Path:
@@ -173,7 +128,7 @@ def rehearse(
     Sizes are those of the real run (with `--scope model` and no plan yet, of the same number of
     experts), and what cannot work is refused here, before minutes of calibration.
     """
-    model = open_checkpoint(source, tokenizer_pre=recipe.tokenizer_pre)
+    model = source.open(tokenizer_pre=recipe.tokenizer_pre)
     stats = _shape_of_stats(source, model)
     if plan is None and recipe.prune_ratio:
         plan = make_plan(

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,7 @@ from mone_edge.stats import ExpertStats
 
 Imatrix = Mapping[str, Array]  # GGUF tensor name -> [columns] or [experts, columns] mean x^2
 
+KEEP = "keep"  # every tensor in the type it has, for sources that have types
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "F32": "F32"}
 NOT_WRITTEN = {"GUESSED", "NVFP4", "MXFP4_MOE"}  # no quantiser makes these from floats here
 DRY_RUN_LINE = re.compile(
@@ -61,22 +63,29 @@ def tensor_types(
     *,
     overrides: tuple[str, ...] = (),
     imatrix: Imatrix | None = None,
+    requantise: bool = False,
 ) -> dict[str, str]:
     """The ggml type of each tensor in a file of this type, fall-backs included.
 
     Args:
         overrides: "REGEX=TYPE", as llama-quantize's --tensor-type.
         imatrix: its presence lets very low types through, as in llama-quantize.
+        requantise: the model's tensors may be quantised already, and change their types.
 
     Raises:
         MoneEdgeError: llama-quantize refuses the model, the type or an override.
+        UsageError: an override where all types are kept.
     """
-    if outtype in UNQUANTISED:
+    if outtype == KEEP and overrides:
+        raise UsageError(f"--tensor-type {overrides[0]} changes types: give an --outtype too")
+    if outtype == KEEP or (outtype in UNQUANTISED and not requantise):
         return {name: tensor.dtype for name, tensor in model.tensors.items()}
     with tempfile.TemporaryDirectory(prefix="mone-edge-") as folder:
         header = Path(folder) / "header.gguf"
         _write_header_only(model, header)
         command = [str(runtime.tool("llama-quantize")), "--dry-run"]
+        if requantise:
+            command.append("--allow-requantize")
         for override in overrides:
             command += ["--tensor-type", override]
         if imatrix is not None:
@@ -137,6 +146,20 @@ def _ggml() -> ctypes.CDLL:
     return library
 
 
+class _TypeTraits(ctypes.Structure):
+    """`struct ggml_type_traits`."""
+
+    _fields_ = [
+        ("type_name", ctypes.c_char_p),
+        ("blck_size", ctypes.c_int64),
+        ("blck_size_interleave", ctypes.c_int64),
+        ("type_size", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
+        ("from_float_ref", ctypes.c_void_p),
+    ]
+
+
 @functools.cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="quantize")
@@ -187,22 +210,59 @@ def quantize_rows(
     return out
 
 
+def to_float(values: NDArray[Any], dtype: str, columns: int, threads: int) -> Array:
+    """Dequantise with ggml's own code, rows in parallel.
+
+    Args:
+        values: stored values of a ggml type, whole rows in the last dimension.
+
+    Returns:
+        float32 [..., columns].
+
+    Raises:
+        MoneEdgeError: ggml cannot turn the type into floats.
+    """
+    gguf, _ = packages()
+    get_traits = _ggml().ggml_get_type_traits
+    get_traits.restype = ctypes.POINTER(_TypeTraits)
+    decode = get_traits(int(gguf.GGMLQuantizationType[dtype])).contents.to_float
+    if not decode:
+        raise MoneEdgeError(f"{dtype} is not a type that ggml can turn into floats")
+    stored, size = (
+        np.ascontiguousarray(values).reshape(-1).view(np.uint8),
+        row_bytes(dtype, columns),
+    )
+    rows = stored.nbytes // size
+    out = np.empty((rows, columns), dtype=np.float32)
+    step = max(1, ROW_BYTES // (4 * columns))
+
+    def dequantise(first: int) -> None:
+        count = min(step, rows - first)
+        source, target = stored.ctypes.data + first * size, out.ctypes.data + 4 * first * columns
+        decode(source, target, count * columns)
+
+    list(_pool(threads).map(dequantise, range(0, rows, step)))
+    return out.reshape(*values.shape[:-1], columns)
+
+
 def quantized_chunks(
     name: str, tensor: LazyTensor, dtype: str, imatrix: Imatrix | None, threads: int
 ) -> Iterator[NDArray[np.uint8]]:
     """A tensor's bytes in a ggml type, a bounded piece at a time (one expert of a stack).
 
+    A tensor that has the type already passes through, bit for bit.
+
     Raises:
         MoneEdgeError: a value is infinite or not a number.
     """
-    if tensor.dtype not in ("F32", dtype):
-        raise MoneEdgeError(f"{name} is {tensor.dtype} already and cannot become {dtype}")
     importance = (imatrix or {}).get(name)
     for index, load in enumerate(tensor.chunks):
         values = load()
         if dtype == tensor.dtype:
             yield values.reshape(-1).view(np.uint8)
             continue
+        if tensor.dtype != "F32":
+            values = to_float(values, tensor.dtype, tensor.shape[-1], threads)
         if not np.isfinite(values.sum(dtype=np.float64)) and not np.isfinite(values).all():
             raise MoneEdgeError(f"{name} holds values that are infinite or not numbers")
         for piece, row in _matrices(values, index, importance, len(tensor.chunks) > 1):

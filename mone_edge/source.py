@@ -1,19 +1,28 @@
 """What MODEL is, from headers only: a hub id, a checkpoint folder, a GGUF file, or `demo`.
 
-In: the word the user typed. Out: a `Source` with the folder, the config, an index of tensors
-and a fingerprint of the weights. Knows nothing about statistics or plans; loads no weights.
+In: the word the user typed. Out: a `Source`: what its headers say, an index of tensors, a
+fingerprint of the weights, and the ways to open it and to measure it. Loads no weights.
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mone_edge.errors import MoneEdgeError
+
+if TYPE_CHECKING:
+    from mone_edge.calibration import Batches, Tokenizer
+    from mone_edge.collect.work import Work
+    from mone_edge.model_file import ModelFile
+    from mone_edge.stats import ExpertStats
+
+Progress = Callable[[int, int], None]
 
 EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
@@ -28,26 +37,142 @@ MAX_HEADER_BYTES = 100_000_000  # what safetensors itself accepts
 
 @dataclass(frozen=True)
 class TensorRef:
-    """Where a tensor of a checkpoint lies."""
+    """Where a tensor lies."""
 
     file: Path
-    dtype: str  # safetensors' name, as "BF16"
-    shape: tuple[int, ...]
+    dtype: str  # safetensors' or ggml's name, as "BF16"
+    shape: tuple[int, ...]  # NumPy's order
     offset: int  # bytes from the start of the file
     size: int  # bytes
 
 
 @dataclass(frozen=True)
-class Source:
-    """A Mixture-of-Experts checkpoint in the Hugging Face format."""
+class Source(ABC):
+    """A Mixture-of-Experts model on disk, whatever its format."""
 
     name: str  # as the user named it
-    path: Path  # its folder
+    path: Path  # a checkpoint's folder, a GGUF's first file
+
+    keeps_types: ClassVar[bool] = False  # whether its tensors have ggml types that can stay
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """A short name for files."""
+
+    @property
+    def file_type(self) -> str:
+        """llama.cpp's name of the types that it has, where they can be kept."""
+        return "keep"
+
+    @property
+    @abstractmethod
+    def architecture(self) -> str:
+        """The format's own name of the architecture."""
+
+    @property
+    @abstractmethod
+    def num_experts(self) -> int:
+        """Experts a layer; 0 for a dense model."""
+
+    @property
+    @abstractmethod
+    def top_k(self) -> int:
+        """Experts that a token is sent to."""
+
+    @property
+    @abstractmethod
+    def num_layers(self) -> int:
+        """Blocks of the model."""
+
+    @property
+    @abstractmethod
+    def tensors(self) -> Mapping[str, TensorRef]:
+        """Every tensor, by name."""
+
+    @abstractmethod
+    def open(self, *, dtype: str = "F32", tokenizer_pre: str = "") -> "ModelFile":
+        """The model as a GGUF holds it, nothing read yet.
+
+        Args:
+            dtype: type of the weights, where the format leaves a choice ("F32", "F16", "BF16").
+            tokenizer_pre: name of the pre-tokenizer, for one that is not recognised.
+        """
+
+    @abstractmethod
+    def tokenizer(self) -> "Tokenizer":
+        """The model's own, to pack calibration text."""
+
+    @abstractmethod
+    def collect(
+        self,
+        batches: "Batches",
+        *,
+        device: str = "auto",
+        threads: int | None = None,
+        sequential: bool = False,
+        work: "Work | None" = None,
+        progress: Progress | None = None,
+    ) -> "ExpertStats | None":
+        """Run packed tokens through the model and gather every statistic.
+
+        Args:
+            sequential: keep one layer's weights in memory; needs `work`.
+            work: where what is finished is kept until the caller has saved the statistics.
+
+        Returns:
+            The statistics; None in processes of a torchrun other than the first.
+        """
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether experts are missing already, with novices in their place."""
+        return False
+
+    @property
+    def base_fingerprint(self) -> str:
+        """The fingerprint of the model that plans and statistics are of."""
+        return self.fingerprint
+
+    def fits(self, device: str = "auto") -> bool:
+        """Whether the whole model has room in the memory that it is measured in."""
+        return True
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(ref.size for ref in self.tensors.values())
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold the weights."""
+        return tuple(dict.fromkeys(ref.file for ref in self.tensors.values()))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the names, types, shapes and first bytes of all tensors."""
+        digest = hashlib.sha256()
+        handles = {file: file.open("rb") for file in self.files}
+        try:
+            for name, ref in self.tensors.items():
+                digest.update(f"{name} {ref.dtype} {ref.shape}\n".encode())
+                handles[ref.file].seek(ref.offset)
+                digest.update(handles[ref.file].read(min(ref.size, FINGERPRINT_BYTES)))
+        finally:
+            for handle in handles.values():
+                handle.close()
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Checkpoint(Source):
+    """A checkpoint in the Hugging Face format."""
+
     config: Mapping[str, Any]
 
     @property
     def label(self) -> str:
-        """A short name for files: the folder's, or the hub id's without its owner."""
+        """The folder's name, or the hub id's without its owner."""
         if Path(self.name).expanduser().exists():
             return self.path.resolve().name
         return self.name.partition("@")[0].rpartition("/")[2]
@@ -92,7 +217,6 @@ class Source:
 
     @property
     def num_experts(self) -> int:
-        """Experts a layer; 0 for a dense model."""
         return self._integer(EXPERT_COUNT_KEYS)
 
     @property
@@ -119,25 +243,45 @@ class Source:
             found |= _read_header(file)
         return dict(sorted(found.items()))
 
-    @property
-    def size(self) -> int:
-        """Bytes of all tensors."""
-        return sum(ref.size for ref in self.tensors.values())
+    def open(self, *, dtype: str = "F32", tokenizer_pre: str = "") -> "ModelFile":
+        """See `conversion.open_checkpoint`."""
+        from mone_edge.conversion import open_checkpoint
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 over the names, types, shapes and first bytes of all tensors."""
-        digest = hashlib.sha256()
-        handles = {ref.file: ref.file.open("rb") for ref in self.tensors.values()}
-        try:
-            for name, ref in self.tensors.items():
-                digest.update(f"{name} {ref.dtype} {ref.shape}\n".encode())
-                handles[ref.file].seek(ref.offset)
-                digest.update(handles[ref.file].read(min(ref.size, FINGERPRINT_BYTES)))
-        finally:
-            for handle in handles.values():
-                handle.close()
-        return digest.hexdigest()
+        return open_checkpoint(self, dtype=dtype, tokenizer_pre=tokenizer_pre)
+
+    def tokenizer(self) -> "Tokenizer":
+        """See `calibration.load_tokenizer`."""
+        from mone_edge.calibration import load_tokenizer
+
+        return load_tokenizer(self.path)
+
+    def collect(
+        self,
+        batches: "Batches",
+        *,
+        device: str = "auto",
+        threads: int | None = None,
+        sequential: bool = False,
+        work: "Work | None" = None,
+        progress: Progress | None = None,
+    ) -> "ExpertStats | None":
+        """See `collect.checkpoint.collect_checkpoint`."""
+        from mone_edge.collect.checkpoint import collect_checkpoint
+
+        return collect_checkpoint(
+            self,
+            batches,
+            device=device,
+            threads=threads,
+            sequential=sequential,
+            work=work,
+            progress=progress,
+        )
+
+    def fits(self, device: str = "auto") -> bool:
+        from mone_edge.collect import loading
+
+        return loading.fits(self.path, loading.choose_device(device))
 
 
 def item_bytes(dtype: str) -> int:
@@ -158,20 +302,20 @@ def resolve(model: str, *, offline: bool = False) -> Source:
     """Find MODEL, checking all that its headers can tell.
 
     Args:
-        model: hub id `org/name[@revision]`, checkpoint folder, or `demo`; a local path wins.
+        model: hub id `org/name[@revision]`, checkpoint folder, GGUF file, or `demo`; a local path
+            wins.
         offline: never ask the network.
 
     Raises:
-        MoneEdgeError: it is not there, is damaged, or is not a Mixture-of-Experts checkpoint.
+        MoneEdgeError: it is not there, is damaged, is not a Mixture-of-Experts model, or is a GGUF
+            that is pruned already.
     """
     path = _locate(model, offline=offline)
     if path.is_file():
-        kind = "a GGUF" if is_gguf(path) else "a file"
-        raise MoneEdgeError(
-            f"{model} is {kind}, not a checkpoint folder; this command takes a Hugging Face "
-            "checkpoint folder, a hub id or demo"
-        )
-    source = Source(model, path, _read_config(path))
+        from mone_edge.gguf_file import open_source
+
+        return open_source(model, path)
+    source = Checkpoint(model, path, _read_config(path))
     if not source.num_experts:
         raise MoneEdgeError(
             f"{model} ({source.architecture}) is a dense model: its config.json names no experts "

@@ -11,9 +11,13 @@ import numpy as np
 import pytest
 
 from mone_edge import calibration
-from mone_edge.calibration import load
+from mone_edge.calibration import Batches, TransformersTokenizer
 from mone_edge.errors import MoneEdgeError, UsageError
 from tests.tiny import TEXT, make_tokenizer
+
+
+def load(specs: list[str], tokenizer: Any, **options: Any) -> Batches:
+    return calibration.load(specs, TransformersTokenizer(tokenizer), **options)
 
 
 @pytest.fixture(scope="module")

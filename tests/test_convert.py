@@ -111,7 +111,7 @@ def test_our_importance_matrix_quantises_as_llama_quantize_does_with_it(
 ) -> None:
     model = calibrated("qwen2_moe")
     floats = llama_cpp_convert(model.source, tmp_path / "f.gguf", "f32")
-    whole = convert.open_checkpoint(model.source, tokenizer_pre="gpt-2")
+    whole = model.source.open(tokenizer_pre="gpt-2")
     imatrix = quantize.imatrix_from_stats(whole, model.stats)
     file = tmp_path / "imatrix.gguf"
     quantize.write_imatrix(imatrix, file)

@@ -42,14 +42,14 @@ from mone_edge.collect.torch_model import (
 )
 from mone_edge.collect.work import Work, WorkFolder, open_work, run_key
 from mone_edge.errors import MoneEdgeError
-from mone_edge.source import Source
+from mone_edge.source import Checkpoint
 from mone_edge.stats import ExpertStats
 
 Progress = Callable[[int, int], None]
 
 
 def collect_sequential(
-    source: Source,
+    source: Checkpoint,
     calibration: Batches,
     work: Work,
     *,
@@ -246,7 +246,7 @@ def _with_hidden(
     return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
 
 
-def _choose_dtype(source: Source, device: torch.device) -> torch.dtype:
+def _choose_dtype(source: Checkpoint, device: torch.device) -> torch.dtype:
     """float32 where what must be resident takes at most half of the memory, else the model's."""
     own = torch_dtype(stored_dtype(source.path))
     wide = StreamedModel(source, device, torch.float32)

@@ -18,7 +18,7 @@ from torch import nn
 from mone_edge.collect.experts import experts_modules, model_type
 from mone_edge.collect.loading import LOAD_ERRORS, first_line, quiet
 from mone_edge.errors import MoneEdgeError
-from mone_edge.source import Source, item_bytes
+from mone_edge.source import Checkpoint, item_bytes
 
 OUTSIDE = ""  # the part of the model that is no layer: embeddings, norm, output head
 
@@ -30,7 +30,7 @@ class StreamedModel:
         MoneEdgeError: the architecture does not run layer by layer, or cannot be built.
     """
 
-    def __init__(self, source: Source, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, source: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
         self.source, self.device, self.dtype = source, device, dtype
         self.model = on_meta(source, dtype)
         self.layers = _layers(self.model)
@@ -165,7 +165,7 @@ def module_names(model: Any, keys: Iterable[str]) -> dict[str, str]:
     return {key: rename_source_key(key, renamings, converters, prefix, known)[0] for key in keys}
 
 
-def on_meta(source: Source, dtype: torch.dtype = torch.float32) -> Any:
+def on_meta(source: Checkpoint, dtype: torch.dtype = torch.float32) -> Any:
     """The causal language model of a checkpoint's config, without weights.
 
     Raises:

@@ -1,4 +1,4 @@
-"""`mone-edge convert`: the whole job, from a checkpoint to a smaller GGUF."""
+"""`mone-edge convert`: the whole job, from a checkpoint or GGUF to a smaller GGUF."""
 
 import dataclasses
 import re
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mone_edge.convert import Converted, Job
     from mone_edge.plan import PrunePlan
     from mone_edge.recipe import Recipe
-    from mone_edge.source import Source
+    from mone_edge.source import Checkpoint, Source
     from mone_edge.stats import ExpertStats
 
 PLAN_FIELDS = ("prune_ratio", "method", "scope", "replacement", "protect")
@@ -32,7 +32,7 @@ SIZE = re.compile(r"(\d+)([KMG]?)", re.I)
 @plan_options
 @click.option(
     "--outtype", multiple=True, default=("Q4_K_M",), show_default=True, metavar="TYPE",
-    help="File type, by llama.cpp's name; may be repeated.",
+    help="File type, by llama.cpp's name; may be repeated. A GGUF keeps its types by default.",
 )  # fmt: skip
 @click.option(
     "--stats", type=click.Path(path_type=Path), help="Statistics, instead of calibrating."
@@ -69,29 +69,33 @@ def command(
 ) -> None:
     """Make MODEL smaller: calibrate, prune, quantise, write one GGUF for llama.cpp.
 
-    MODEL is a hub id (org/name[@revision]), a checkpoint folder, or demo.
+    MODEL is a hub id (org/name[@revision]), a checkpoint folder, a GGUF, or demo. Of a GGUF the
+    kept experts stay as they are, bit for bit, unless --outtype asks for another type.
 
     \b
     mone-edge convert demo --prune-ratio 0.5 --outtype Q8_0
     mone-edge convert ./OLMoE-1B-7B --stats stats.safetensors --outtype Q4_K_M --outtype Q8_0
+    mone-edge convert OLMoE-1B-7B-Q4_K_M.gguf --prune-ratio 0.25
     """
-    from mone_edge import convert, pipeline, quantize
+    from mone_edge import convert, pipeline
     from mone_edge.paths import require_writable
     from mone_edge.plan import PrunePlan
-    from mone_edge.source import resolve
+    from mone_edge.source import Checkpoint, resolve
 
     split_max_bytes = _bytes(split_max_size)
     plan = PrunePlan.load(plan_file) if plan_file else None
     source = resolve(model, offline=offline)
     chosen = _recipe(ctx, source, options, recipe)
-    chosen = dataclasses.replace(chosen, outtype=tuple(map(quantize.file_type, chosen.outtype)))
-    if source.is_pruned:
+    chosen = dataclasses.replace(chosen, outtype=_file_types(source, chosen.outtype))
+    if again := _quantised_twice(source, chosen.outtype):
+        console.warn(again)
+    if isinstance(source, Checkpoint) and source.is_pruned:
         plan = _plan_inside(ctx, source, plan_file)
         if stats is None and chosen.imatrix == "auto":
             console.info(f"{model} is pruned already; quantising without an importance matrix")
             chosen = dataclasses.replace(chosen, imatrix="none")
     if plan:
-        chosen = dataclasses.replace(chosen, **{name: getattr(plan, name) for name in PLAN_FIELDS})
+        chosen = dataclasses.replace(chosen, **plan_fields(plan))
     outfiles = _outfiles(source, chosen, outfile)
     for path in outfiles.values():
         require_writable(path, force=force)
@@ -100,13 +104,13 @@ def command(
     if dry_run:
         _tell_estimate(console, rehearsal)
         return
-    measured, decided = _decide(console, source, chosen, plan, stats, device, offline)
+    measured, decided = _decide(console, source, chosen, plan, stats, device, threads, offline)
     jobs = convert.prepare(source, chosen, outfiles, plan=decided, stats=measured)
     with console.progress("writing", "B") as progress:
         made = convert.write(
             jobs, chosen, split_max_bytes=split_max_bytes, threads=threads, progress=progress
         )
-    _tell(console, made)
+    tell(console, made)
 
 
 def _recipe(
@@ -115,6 +119,7 @@ def _recipe(
     """Options given on the command line, then those of the recipe file, then the defaults."""
     from mone_edge import recipe as recipes
     from mone_edge.plan import parse_layers
+    from mone_edge.quantize import KEEP
 
     saved = recipes.load(file) if file else {}
     nested = saved.get("calibration") or {}
@@ -134,6 +139,10 @@ def _recipe(
     )
     names = [f.name for f in dataclasses.fields(recipes.Recipe)]
     fields = {n: value(n, saved) for n in names if n in options and n != "protect"}
+    if source.keeps_types and ParameterSource.COMMANDLINE is not ctx.get_parameter_source(
+        "outtype"
+    ):
+        fields["outtype"] = tuple(saved.get("outtype") or (KEEP,))
     protect = value("protect", saved)
     if isinstance(protect, str):
         protect = parse_layers(protect, range(source.num_layers))
@@ -142,7 +151,7 @@ def _recipe(
     )
 
 
-def _plan_inside(ctx: click.Context, source: "Source", plan_file: Path | None) -> "PrunePlan":
+def _plan_inside(ctx: click.Context, source: "Checkpoint", plan_file: Path | None) -> "PrunePlan":
     """The plan of a pruned checkpoint; no other can be carried out on it."""
     from mone_edge import checkpoint
 
@@ -156,11 +165,42 @@ def _plan_inside(ctx: click.Context, source: "Source", plan_file: Path | None) -
     return checkpoint.read_plan(source)
 
 
+def _file_types(source: "Source", names: tuple[str, ...]) -> tuple[str, ...]:
+    """Canonical names.
+
+    Raises:
+        UsageError: there is no such type, or a checkpoint is to keep types that it does not have.
+    """
+    from mone_edge.quantize import KEEP, file_type
+
+    if KEEP in names and not source.keeps_types:
+        raise UsageError(f"--outtype {KEEP} is for GGUFs; {source.name} is a checkpoint")
+    return tuple(name if name == KEEP else file_type(name) for name in names)
+
+
+def _quantised_twice(source: "Source", outtypes: tuple[str, ...]) -> str:
+    """A warning, empty where every weight is quantised once."""
+    from mone_edge.conversion import UNQUANTISED
+    from mone_edge.quantize import KEEP
+
+    lossy = [name for name in outtypes if name not in (KEEP, *UNQUANTISED)]
+    stored = {ref.dtype for ref in source.tensors.values()} - UNQUANTISED.keys()
+    if not source.keeps_types or not lossy or not stored:
+        return ""
+    return (
+        f"{source.name} is quantised ({source.file_type}); --outtype {lossy[0]} quantises it a "
+        "second time, which loses more than once from the original"
+    )
+
+
 def _outfiles(source: "Source", recipe: "Recipe", template: str | None) -> dict[str, Path]:
+    from mone_edge.quantize import KEEP
+
     template = template or f"{source.label}-MoNE{recipe.prune_ratio:g}-{{ftype}}.gguf"
     if len(recipe.outtype) > 1 and "{ftype}" not in template:
         raise UsageError(f"{len(recipe.outtype)} types need {{ftype}} in --outfile {template}")
-    return {t: Path(template.replace("{ftype}", t)) for t in recipe.outtype}
+    names = {t: source.file_type if t == KEEP else t for t in recipe.outtype}
+    return {t: Path(template.replace("{ftype}", name)) for t, name in names.items()}
 
 
 def _bytes(text: str) -> int:
@@ -178,13 +218,15 @@ def _decide(
     plan: "PrunePlan | None",
     stats: Path | None,
     device: str,
+    threads: int | None,
     offline: bool,
 ) -> "tuple[ExpertStats | None, PrunePlan | None]":
     """Statistics and plan: the user's where given, else from the cache or measured now."""
     from mone_edge import checkpoint, pipeline
+    from mone_edge.source import Checkpoint
     from mone_edge.stats import ExpertStats
 
-    if plan and source.is_pruned and stats is None:
+    if plan and isinstance(source, Checkpoint) and source.is_pruned and stats is None:
         return checkpoint.read_novices(source, plan), plan
     if plan:
         return pipeline.stats_of_plan(plan, stats), plan
@@ -199,7 +241,7 @@ def _decide(
             measured = ExpertStats.load(stats)
         else:
             stats.parent.mkdir(parents=True, exist_ok=True)
-            measured = _measure(console, source, recipe, stats, device, offline)
+            measured = _measure(console, source, recipe, stats, device, threads, offline)
     decided = pipeline.plan_from_stats(recipe, measured, stats) if recipe.prune_ratio else None
     return measured, decided
 
@@ -210,6 +252,7 @@ def _measure(
     recipe: "Recipe",
     outfile: Path,
     device: str,
+    threads: int | None,
     offline: bool,
 ) -> "ExpertStats":
     """Measure and save; an interrupted run goes on when the same command runs again."""
@@ -222,7 +265,7 @@ def _measure(
             "convert is one process: torchrun -m mone_edge stats MODEL, then convert --stats"
         )
     work = Work(work_path(outfile), resume=True, restart=True)
-    sequential = not pipeline.fits(source, device)
+    sequential = not source.fits(device)
     if sequential:
         console.info("the model is larger than the memory: calibrating one layer at a time")
     with console.progress("calibrating", "seq") as progress:
@@ -230,6 +273,7 @@ def _measure(
             source,
             recipe.calibration,
             device=device,
+            threads=threads,
             offline=offline,
             sequential=sequential,
             work=work,
@@ -240,6 +284,11 @@ def _measure(
     stats.save(outfile)
     discard(work.path)
     return stats
+
+
+def plan_fields(plan: "PrunePlan") -> dict[str, Any]:
+    """The fields of a recipe that a plan decides."""
+    return {name: getattr(plan, name) for name in PLAN_FIELDS}
 
 
 def _tell_estimate(console: Console, jobs: "list[Job]") -> None:
@@ -261,7 +310,8 @@ def _tell_estimate(console: Console, jobs: "list[Job]") -> None:
     console.result(documents[0] if len(documents) == 1 else documents, "\n".join(lines))
 
 
-def _tell(console: Console, made: "list[Converted]") -> None:
+def tell(console: Console, made: "list[Converted]") -> None:
+    """The result of `convert.write`."""
     documents = [
         {
             "outfile": str(file.outfile),

@@ -1,13 +1,19 @@
-"""`mone-edge prune`: carry out a plan, in the format the model has."""
+"""`mone-edge prune`: carry out a plan, in the format and at the precision the model has."""
 
 import dataclasses
 import resource
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from mone_edge.commands.convert import plan_fields, tell
 from mone_edge.console import Console, common_options, force_option, human_bytes, offline_option
+
+if TYPE_CHECKING:
+    from mone_edge.plan import PrunePlan
+    from mone_edge.source import Checkpoint, Source
 
 
 @click.command("prune")
@@ -31,32 +37,37 @@ def command(
     force: bool,
     offline: bool,
 ) -> None:
-    """Write MODEL without the experts that a plan removes, at its own precision.
+    """Write MODEL without the experts that a plan removes; those it keeps stay bit for bit.
 
     A checkpoint becomes a smaller checkpoint folder, which transformers loads after
-    `import mone_edge.checkpoint` (plans with --replacement drop need not even that).
+    `import mone_edge.checkpoint` (plans with --replacement drop need not even that). A GGUF becomes
+    a smaller GGUF.
 
     \b
     mone-edge prune ./OLMoE-1B-7B --plan plan.json -o OLMoE-pruned
+    mone-edge prune model-Q4_K_M.gguf --plan plan.json -o smaller.gguf
     """
-    _prune_checkpoint(console, model, plan_file, stats, outfile, force, offline)
+    from mone_edge.plan import PrunePlan
+    from mone_edge.source import Checkpoint, resolve
+
+    plan = PrunePlan.load(plan_file)
+    source = resolve(model, offline=offline)
+    if isinstance(source, Checkpoint):
+        _prune_checkpoint(console, source, plan, stats, outfile, force)
+    else:
+        _prune_gguf(console, source, plan, stats, outfile, force)
 
 
 def _prune_checkpoint(
     console: Console,
-    model: str,
-    plan_file: Path,
+    source: "Checkpoint",
+    plan: "PrunePlan",
     stats: Path | None,
     outfile: Path,
     force: bool,
-    offline: bool,
 ) -> None:
     from mone_edge import checkpoint, pipeline
-    from mone_edge.plan import PrunePlan
-    from mone_edge.source import resolve
 
-    plan = PrunePlan.load(plan_file)
-    source = resolve(model, offline=offline)
     checkpoint.require_target(source, outfile, force=force)
     measured = None if plan.replacement == "drop" else pipeline.stats_of_plan(plan, stats)
     with console.progress("writing", "B") as progress:
@@ -74,3 +85,25 @@ def _prune_checkpoint(
         f"{made.outfile}: {human_bytes(made.bytes)}, {made.prune_ratio:.1%} of the experts "
         f"removed, written in {made.seconds:.1f} s",
     )
+
+
+def _prune_gguf(
+    console: Console,
+    source: "Source",
+    plan: "PrunePlan",
+    stats: Path | None,
+    outfile: Path,
+    force: bool,
+) -> None:
+    from mone_edge import convert, pipeline
+    from mone_edge.paths import require_writable
+    from mone_edge.quantize import KEEP
+    from mone_edge.recipe import Recipe
+
+    require_writable(outfile, force=force)
+    recipe = Recipe(model=source.name, outtype=(KEEP,), imatrix="none", **plan_fields(plan))
+    measured = pipeline.stats_of_plan(plan, stats)
+    jobs = convert.prepare(source, recipe, {KEEP: outfile}, plan=plan, stats=measured)
+    with console.progress("writing", "B") as progress:
+        made = convert.write(jobs, recipe, progress=progress)
+    tell(console, made)

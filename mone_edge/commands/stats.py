@@ -20,6 +20,7 @@ from mone_edge.errors import Resumable
     "--sequential", is_flag=True, help="One layer's weights in memory at a time: larger models."
 )
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
+@click.option("--threads", "-t", type=click.IntRange(1), help="[default: all cores]")
 @force_option
 @offline_option
 @common_options
@@ -34,6 +35,7 @@ def command(
     device: str,
     sequential: bool,
     resume: bool,
+    threads: int | None,
     force: bool,
     offline: bool,
 ) -> None:
@@ -46,6 +48,7 @@ def command(
     mone-edge stats ./Qwen3-30B-A3B --sequential       # larger than the memory
     mone-edge stats ./Qwen3-30B-A3B --sequential --resume
     torchrun --nproc-per-node=2 -m mone_edge stats ./OLMoE-1B-7B
+    mone-edge stats model-Q4_K_M.gguf
     """
     from mone_edge import pipeline
     from mone_edge.collect.work import Work, discard, work_path
@@ -64,6 +67,7 @@ def command(
                 source,
                 Calibration(data, samples, seq_len, seed),
                 device=device,
+                threads=threads,
                 offline=offline,
                 sequential=sequential,
                 work=work,
