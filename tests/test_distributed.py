@@ -165,4 +165,4 @@ def test_convert_is_one_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     from mone_edge.console import Console
 
     with pytest.raises(MoneEdgeError, match="convert is one process"):
-        _measure(Console(), None, None, tmp_path / "s", "cpu", False)
+        _measure(Console(), None, None, tmp_path / "s", "cpu", None, False)
