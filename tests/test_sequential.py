@@ -24,7 +24,7 @@ from mone_edge.commands.convert import _measure
 from mone_edge.console import Console
 from mone_edge.errors import MoneEdgeError
 from mone_edge.recipe import Calibration, Recipe
-from mone_edge.source import Source, resolve
+from mone_edge.source import Checkpoint, Source, resolve
 from mone_edge.stats import ExpertStats
 from tests.tiny import MODEL_TYPES, TEXT, VOCAB, make_checkpoint
 
@@ -186,7 +186,7 @@ def test_missing_weights_and_small_memories_get_one_line(
 ) -> None:
     source = sources["olmoe"]
     gone = "model.layers.1.mlp.gate.weight"
-    fewer = Source(source.name, source.path, source.config)
+    fewer = Checkpoint(source.name, source.path, source.config)
     fewer.__dict__["tensors"] = {k: v for k, v in source.tensors.items() if k != gone}
     with pytest.raises(MoneEdgeError, match=f"1 weights are missing .*first: {gone}"):
         sequential(fewer, Work(tmp_path / "w"))
@@ -196,7 +196,7 @@ def test_missing_weights_and_small_memories_get_one_line(
         sequential(source, Work(tmp_path / "v"))
     with pytest.raises(MoneEdgeError, match="--sequential"):
         collect(source.path, batches(), device="cpu")
-    assert not pipeline.fits(source, "cpu")
+    assert not source.fits("cpu")
 
 
 def test_a_short_hidden_file_is_noticed(tmp_path: Path) -> None:
@@ -242,9 +242,9 @@ def test_convert_measures_large_models_layer_by_layer(
     text, out = tmp_path / "text.txt", tmp_path / "stats.safetensors"
     text.write_text(TEXT, encoding="utf-8")
     recipe = Recipe("m", calibration=Calibration((str(text),), 4, 32))
-    monkeypatch.setattr(pipeline, "fits", lambda source, device: False)
+    monkeypatch.setattr(Checkpoint, "fits", lambda self, device: False)
     monkeypatch.setattr("mone_edge.collect.torch_model.collect", None)  # it must not be called
-    measured = _measure(Console(quiet=True), sources["qwen3_moe"], recipe, out, "cpu", False)
+    measured = _measure(Console(quiet=True), sources["qwen3_moe"], recipe, out, "cpu", None, False)
     assert measured.tokens == 128 and out.is_file() and not work_path(out).exists()
 
 
