@@ -4,13 +4,13 @@ In: a path or MODEL. Out: a plain document for `mone-edge inspect` and scripts.
 """
 
 import math
-import struct
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from mone_edge import source, stats
+from mone_edge import gguf_reader, source, stats
 from mone_edge.errors import MoneEdgeError
+from mone_edge.paths import expand, is_file
 from mone_edge.plan import FORMAT as PLAN_FORMAT
 from mone_edge.plan import PrunePlan
 
@@ -23,16 +23,16 @@ def inspect(target: str, *, offline: bool = False) -> dict[str, Any]:
     Raises:
         MoneEdgeError: it is missing, damaged, or nothing this project knows.
     """
-    path = Path(target).expanduser()
-    if not path.is_file():
+    path = expand(target)
+    if not is_file(path):
         return _checkpoint(source.resolve(target, offline=offline))
     if source.is_gguf(path):
         return _gguf(path)
     if path.suffix == ".safetensors":
         return _stats(path)
-    head = path.open("rb").read(512)
-    if PLAN_FORMAT.encode() in head:
-        return _plan(path)
+    with path.open("rb") as file:
+        if PLAN_FORMAT.encode() in file.read(512):
+            return _plan(path)
     raise MoneEdgeError(f"{path} is not a GGUF, a statistics file or a plan")
 
 
@@ -54,16 +54,8 @@ def _checkpoint(found: source.Source) -> dict[str, Any]:
 
 
 def _gguf(path: Path) -> dict[str, Any]:
-    from gguf import GGUFReader, GGUFValueType
-
-    try:
-        reader = GGUFReader(path)
-        values = {key: field.contents() for key, field in reader.fields.items()}
-        quiet = [k for k, f in reader.fields.items() if f.types[:1] == [GGUFValueType.ARRAY]]
-    except (ValueError, KeyError, IndexError, OSError, OverflowError, MemoryError,
-            UnicodeDecodeError, TypeError, struct.error) as error:  # fmt: skip
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise MoneEdgeError(f"{path} is a damaged GGUF: {reason}") from error
+    reader, values = gguf_reader.read(path)
+    quiet = gguf_reader.array_keys(reader)
     end = max((int(t.data_offset) + int(t.n_bytes) for t in reader.tensors), default=0)
     if end > path.stat().st_size:
         raise MoneEdgeError(
@@ -84,11 +76,16 @@ def _gguf(path: Path) -> dict[str, Any]:
         "types": dict(Counter(t.tensor_type.name for t in reader.tensors)),
         "bytes": path.stat().st_size,
         "metadata": {
-            key: value
+            key: _printable(value)
             for key, value in values.items()
             if not key.startswith(QUIET_KEYS) and not (key in quiet and len(value) > 256)
         },
     }
+
+
+def _printable(value: Any) -> Any:
+    """A value that JSON can hold: infinities and NaN become text."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _stats(path: Path) -> dict[str, Any]:
