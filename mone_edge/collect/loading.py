@@ -4,19 +4,19 @@ Local files only, safetensors only, no code from the checkpoint. Also the way ba
 of modules in memory to the names of weights in the checkpoint.
 """
 
-import json
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mone_edge.config import read_config
+from mone_edge.documents import reason
 from mone_edge.errors import MoneEdgeError, UsageError
+from mone_edge.transformers_quiet import LOAD_ERRORS, quiet
 
 _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-_LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError)
 
 
 def load_model(
@@ -34,15 +34,13 @@ def load_model(
         MoneEdgeError: not a loadable checkpoint, weights missing, or not enough memory.
         UsageError: no such device or dtype.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    if not (model_dir / "config.json").is_file():
-        raise MoneEdgeError(f"{model_dir} is not a checkpoint folder: it has no config.json")
+    read_config(model_dir)
     place = choose_device(device)
     precision = _dtype(dtype) if dtype != "auto" else choose_dtype(model_dir, place)
     try:
-        with _quiet():
+        with quiet():
             model, report = AutoModelForCausalLM.from_pretrained(
                 model_dir,
                 dtype=precision,
@@ -52,8 +50,8 @@ def load_model(
                 experts_implementation=experts,
                 output_loading_info=True,
             )
-    except (*_LOAD_ERRORS, SafetensorError) as error:
-        raise MoneEdgeError(f"cannot load {model_dir}: {_first_line(error)}") from error
+    except LOAD_ERRORS as error:
+        raise MoneEdgeError(f"cannot load {model_dir}: {reason(error)}") from error
     missing = sorted(map(str, report["missing_keys"])) + sorted(map(str, report["mismatched_keys"]))
     if missing:
         raise MoneEdgeError(
@@ -70,7 +68,7 @@ def choose_device(device: str) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {device} cannot be used: {_first_line(error)}") from error
+        raise UsageError(f"--device {device} cannot be used: {reason(error)}") from error
 
 
 def choose_dtype(model_dir: Path, device: torch.device) -> torch.dtype:
@@ -79,7 +77,7 @@ def choose_dtype(model_dir: Path, device: torch.device) -> torch.dtype:
     Raises:
         MoneEdgeError: the model does not fit in the memory at all.
     """
-    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    config = read_config(model_dir)
     stored = config.get("dtype") or config.get("torch_dtype") or "float32"
     own = stored if stored in _ITEM_BYTES else "bfloat16"
     weight_bytes = sum(file.stat().st_size for file in model_dir.glob("*.safetensors"))
@@ -128,22 +126,3 @@ def _memory_bytes(device: torch.device) -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # Windows
         return 2**62
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bar of transformers: the caller draws its own."""
-    from transformers.utils import logging
-
-    enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            logging.enable_progress_bar()
