@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mone_edge import __version__, convert
+from mone_edge import __version__, convert, quantize
 from mone_edge.conversion import open_checkpoint
 from mone_edge.model_file import ModelFile
 from mone_edge.paths import cache_dir
@@ -35,8 +35,10 @@ def calibrate(
 ) -> ExpertStats:
     """Measure every expert on calibration text (torch)."""
     from mone_edge import calibration as text
+    from mone_edge.collect.loading import choose_device
     from mone_edge.collect.torch_model import collect
 
+    choose_device(device)
     batches = text.load(
         calibration.data,
         text.load_tokenizer(source.path),
@@ -106,7 +108,9 @@ def rehearse(source: Source, recipe: Recipe, outfiles: dict[str, Path]) -> list[
             replacement=recipe.replacement,
             protect=recipe.protect,
         )
-    return convert.prepare(source, recipe, outfiles, plan=plan, stats=stats if plan else None)
+    jobs = convert.prepare(source, recipe, outfiles, plan=plan, stats=stats if plan else None)
+    quantize.require_loadable(jobs[0].model, source.name)
+    return jobs
 
 
 def _shape_of_stats(source: Source, model: ModelFile) -> ExpertStats:

@@ -38,12 +38,12 @@ def command(
     mone-edge stats demo -o demo.safetensors --samples 32 --seq-len 512
     """
     from mone_edge import pipeline
-    from mone_edge.paths import require_writable
+    from mone_edge.paths import expand, require_writable
     from mone_edge.recipe import Calibration
     from mone_edge.source import resolve
 
-    require_writable(outfile, force=force)
     source = resolve(model, offline=offline)
+    require_writable(outfile, force=force, inputs=[*source.files, *map(expand, data)])
     calibration = Calibration(data, samples, seq_len, seed)
     with console.progress("calibrating", "seq") as progress:
         stats = pipeline.calibrate(
