@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from mone_edge.errors import MoneEdgeError, UsageError
 from mone_edge.evaluate import file_bytes, read_text
 from mone_edge.llama import GgufModel, check_gguf
+from mone_edge.probe import require_loadable
 from mone_edge.scoring import Progress, silent
 
 ROUTED = "ffn_moe_topk-"  # llama.cpp's name of the chosen expert ids of a block
@@ -86,6 +87,7 @@ def bench(
         raise UsageError("nothing to measure: -p and -n are both 0")
     for path in paths:
         check_gguf(path)
+        require_loadable(path)
     alone = len(paths) == 1
     rounds = 1 if alone else repetitions
     options = ["-p", str(prompt_tokens), "-n", str(generated_tokens)]

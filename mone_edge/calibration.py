@@ -12,7 +12,6 @@ sequences leaves its share to the others.
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,12 +22,15 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from mone_edge.documents import parse_json, reason
 from mone_edge.errors import MoneEdgeError, UsageError
+from mone_edge.paths import exists, expand, is_file
 
 SAMPLES, SEQ_LEN, SEED = 128, 2048, 42
 HEADROOM = 4  # tokens read, as a multiple of the tokens wanted
 MAX_CHARACTERS_PER_TOKEN = 8
 MIN_SEQ_LEN = 16
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 TEXT_COLUMNS = ("text", "content")
 FILE_SUFFIXES = (".txt", ".md", ".json", ".jsonl", ".ndjson")
 
@@ -151,13 +153,23 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """
     from transformers import AutoTokenizer
 
-    try:
-        found = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
+    from mone_edge.transformers_quiet import LOAD_ERRORS, quiet
+
+    if not any(is_file(folder / name) for name in TOKENIZER_FILES):
+        raise MoneEdgeError(
+            f"{folder} holds no tokenizer ({', '.join(TOKENIZER_FILES)}); fetch the model again"
         )
-    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise MoneEdgeError(f"{folder}: no usable tokenizer: {reason[0]}") from error
+    try:
+        with quiet():
+            found = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+    except LOAD_ERRORS as error:
+        raise MoneEdgeError(f"{folder}: no usable tokenizer: {reason(error)}") from error
+    except Exception as error:
+        if type(error) is not Exception:  # the Rust tokenizer raises nothing more special
+            raise
+        raise MoneEdgeError(f"{folder}: damaged tokenizer: {reason(error)}") from error
     return TransformersTokenizer(found)
 
 
@@ -208,10 +220,10 @@ def _token_stream(spec: str, tokenizer: Tokenizer, enough: int, offline: bool) -
 
 
 def _documents(spec: str, tokenizer: Tokenizer, enough: int, offline: bool) -> Iterator[str]:
-    path = Path(spec).expanduser()
-    if path.is_dir():
+    path = expand(spec)
+    if exists(path) and path.is_dir():
         raise MoneEdgeError(f"--data {spec} is a folder; name a text or jsonl file in it")
-    if path.is_file():
+    if is_file(path):
         return _file_documents(path, tokenizer, enough * MAX_CHARACTERS_PER_TOKEN)
     match = _HUB.fullmatch(spec)
     looks_like_file = path.suffix in FILE_SUFFIXES or spec.startswith((".", "/", "~"))
@@ -242,9 +254,9 @@ def _file_documents(path: Path, tokenizer: Tokenizer, characters: int) -> Iterat
 
 def _json(line: str, path: Path, number: int) -> Any:
     try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise MoneEdgeError(f"{path}, line {number}: not JSON: {error}") from error
+        return parse_json(line)
+    except ValueError as error:
+        raise MoneEdgeError(f"{path}, line {number}: not JSON: {reason(error)}") from error
 
 
 def _record_text(record: Any, tokenizer: Tokenizer, where: str) -> str:
@@ -265,7 +277,7 @@ def _chat_text(messages: list[Any], tokenizer: Tokenizer, where: str) -> str:
         text = tokenizer.chat(messages)
     except (TemplateError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise MoneEdgeError(
-            f"{where}: the chat template refuses these messages: {error}"
+            f"{where}: the chat template refuses these messages: {reason(error)}"
         ) from error
     if text is None:
         raise MoneEdgeError(f'{where}: has "messages", but the tokenizer has no chat template')
@@ -294,7 +306,7 @@ def _hub_documents(
     except MoneEdgeError:
         raise
     except Exception as error:  # the library's errors have no common base
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+        first_line = str(error).strip().partition("\n")[0] or type(error).__name__
         raise MoneEdgeError(
-            f"--data {spec}: not a local file, and not loaded: {reason[0]}"
+            f"--data {spec}: not a local file, and not loaded: {first_line}"
         ) from error

@@ -29,11 +29,11 @@ from mone_edge import novices
 from mone_edge import pruned_model as pruned_model  # registers the loader with transformers
 from mone_edge.collect.experts import experts_modules
 from mone_edge.collect.streaming import module_names, on_meta
+from mone_edge.config import EXPERT_COUNT_KEYS
 from mone_edge.errors import MoneEdgeError
 from mone_edge.plan import PrunePlan
 from mone_edge.safetensors_file import SHARD_BYTES, Entry, write_shards
 from mone_edge.source import (
-    EXPERT_COUNT_KEYS,
     EXPERT_KEY,
     PRUNED_METHOD,
     Checkpoint,

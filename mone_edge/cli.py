@@ -6,6 +6,7 @@ Nothing heavy is imported here, so that `--help` is immediate.
 import importlib
 import os
 import shlex
+import signal
 import sys
 from typing import NoReturn
 
@@ -63,15 +64,25 @@ def cli() -> None:
 
 
 def main() -> NoReturn:
-    """Run the command line; every error the user can act on is one line on stderr."""
+    """Run the command line; every error the user can act on is one line on stderr.
+
+    A polite kill counts as Ctrl-C, so that temporary files go and children end.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(run(sys.argv[1:]))
 
 
 def run(arguments: list[str]) -> int:
     """The exit code of one command line: 0 done, 1 failed, 2 usage, 3 check failed, 130 stopped."""
     try:
-        code = cli.main(args=arguments, prog_name="mone-edge", standalone_mode=False)
+        with cli.make_context("mone-edge", list(arguments)) as context:
+            code = cli.invoke(context)
         return code if isinstance(code, int) else 0
+    except click.exceptions.Exit as done:
+        return done.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message(), file=sys.stderr)
+        return 2
     except click.UsageError as error:
         where = f"; see: {error.ctx.command_path} --help" if error.ctx else ""
         _complain(f"{error.format_message()}{where}")

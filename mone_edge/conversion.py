@@ -18,10 +18,12 @@ from typing import Any
 import numpy as np
 
 from mone_edge import runtime
-from mone_edge.errors import MoneEdgeError
+from mone_edge.documents import reason
+from mone_edge.errors import MoneEdgeError, UsageError
 from mone_edge.model_file import Array, Chunk, LazyTensor, ModelFile
 from mone_edge.novices import APPROX_VALUE
 from mone_edge.source import EXPERT_KEY, Checkpoint
+from mone_edge.transformers_quiet import LOAD_ERRORS, quiet
 
 UNQUANTISED = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16"}
 
@@ -52,21 +54,15 @@ def open_checkpoint(
         MoneEdgeError: the architecture or the tokenizer is unknown, or the checkpoint is damaged.
     """
     gguf, conversion = packages()
-    base = conversion.ModelBase
-    try:
-        hparams = base.load_hparams(source.path, False)
-        architecture = conversion.get_model_architecture(hparams, conversion.ModelType.TEXT)
-        model_class = conversion.get_model_class(architecture)
-    except (NotImplementedError, ValueError) as error:
-        raise MoneEdgeError(
-            f"{source.name}: llama.cpp's conversion does not know {source.architecture} ({error})"
-        ) from error
     if tokenizer_pre:
-        _require_known_pre(tokenizer_pre, base)
+        _require_known_pre(tokenizer_pre)
+    with quiet():
+        model_class = _model_class(conversion, source)
     with (
+        quiet(),
         _inference(),
         _stacks_in_chunks(gguf, conversion.LazyTorchTensor),
-        _pruned_experts_filled_in(base, source),
+        _pruned_experts_filled_in(conversion.ModelBase, source),
     ):
         try:
             model = model_class(
@@ -78,15 +74,30 @@ def open_checkpoint(
             _prepare_metadata(model, source)
         except MoneEdgeError:
             raise
-        except (ValueError, KeyError, FileNotFoundError, NotImplementedError, TypeError) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise MoneEdgeError(f"{source.name} cannot be converted: {reason}") from error
+        except LOAD_ERRORS as error:
+            raise MoneEdgeError(f"{source.name} cannot be converted: {reason(error)}") from error
+        except Exception as error:
+            if type(error) is not Exception:  # the Rust tokenizer raises nothing more special
+                raise
+            raise MoneEdgeError(f"{source.name}: damaged tokenizer: {reason(error)}") from error
     tensors = {
         name: _lazy(gguf, info) for part in model.gguf_writer.tensors for name, info in part.items()
     }
     metadata = {k: v for part in model.gguf_writer.kv_data for k, v in part.items()}
     arch = gguf.MODEL_ARCH_NAMES[model.model_arch]
     return ModelFile(arch, metadata, tensors, functools.partial(_module_tensor, model))
+
+
+def _model_class(conversion: ModuleType, source: Checkpoint) -> Any:
+    try:
+        hparams = conversion.ModelBase.load_hparams(source.path, False)
+        architecture = conversion.get_model_architecture(hparams, conversion.ModelType.TEXT)
+        return conversion.get_model_class(architecture)
+    except LOAD_ERRORS as error:
+        raise MoneEdgeError(
+            f"{source.name}: llama.cpp's conversion does not know {source.architecture} "
+            f"({reason(error)})"
+        ) from error
 
 
 def known_pre_tokenizers() -> list[str]:
@@ -96,10 +107,9 @@ def known_pre_tokenizers() -> list[str]:
     return sorted(set(re.findall(r'res = "([\w.-]+)"', text)))
 
 
-def _require_known_pre(name: str, base: Any) -> None:
-    del base
+def _require_known_pre(name: str) -> None:
     if name not in (known := known_pre_tokenizers()):
-        raise MoneEdgeError(f"no pre-tokenizer {name}; llama.cpp knows {', '.join(known)}")
+        raise UsageError(f"no pre-tokenizer {name}; llama.cpp knows {', '.join(known)}")
 
 
 def _prepare_metadata(model: Any, source: Checkpoint) -> None:

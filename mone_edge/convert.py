@@ -24,6 +24,7 @@ from mone_edge import __version__, card, prune, quantize
 from mone_edge.conversion import UNQUANTISED, packages
 from mone_edge.errors import MoneEdgeError
 from mone_edge.model_file import LazyTensor, ModelFile
+from mone_edge.paths import existing_folder, expand, parent_folder
 from mone_edge.plan import PrunePlan
 from mone_edge.quantize import KEEP, Imatrix
 from mone_edge.recipe import Recipe
@@ -84,7 +85,7 @@ def prepare(
         MoneEdgeError: plan or statistics are of another model, llama.cpp cannot hold the result,
             or an output file would replace the input.
     """
-    for made in (plan, stats.provenance if stats else None):
+    for made in (stats.provenance if stats else None, plan):
         if made is not None and made.fingerprint != source.base_fingerprint:
             kind = "the plan is" if isinstance(made, PrunePlan) else "the statistics are"
             raise MoneEdgeError(
@@ -120,7 +121,11 @@ def _require_other_files(source: Source, outfiles: dict[str, Path]) -> None:
 def _imatrix(model: ModelFile, recipe: Recipe, stats: ExpertStats | None) -> dict[str, Any] | None:
     if recipe.imatrix == "auto":
         return quantize.imatrix_from_stats(model, stats) if stats else None
-    return None if recipe.imatrix == "none" else quantize.read_imatrix(Path(recipe.imatrix))
+    if recipe.imatrix == "none":
+        return None
+    imatrix = quantize.read_imatrix(expand(recipe.imatrix))
+    quantize.require_fit(imatrix, model, recipe.imatrix)
+    return imatrix
 
 
 def _kept_rows(imatrix: dict[str, Any], plan: PrunePlan) -> dict[str, Any]:
@@ -186,7 +191,7 @@ def require_space(jobs: Sequence[Job]) -> None:
     Raises:
         MoneEdgeError: with what is needed and what is free.
     """
-    folder = jobs[0].outfile.parent
+    folder = existing_folder(jobs[0].outfile)
     needed = sum(job.data_bytes for job in jobs) + SPARE_BYTES
     free = shutil.disk_usage(folder).free
     if needed > free:
@@ -228,18 +233,30 @@ def write(
     require_space(jobs)
     folder = jobs[0].outfile.parent
     try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".mone-edge-") as scratch:
+        with (
+            parent_folder(jobs[0].outfile),
+            tempfile.TemporaryDirectory(dir=folder, prefix=".mone-edge-") as scratch,
+        ):
             places = [Path(scratch) / str(i) for i in range(len(jobs))]
             _write_together(jobs, places, split_max_bytes, count, report)
+            for job, place in zip(jobs, places, strict=True):
+                _write_beside(job, place, recipe)
             made = [_publish(job, place) for job, place in zip(jobs, places, strict=True)]
     except OSError as error:
         raise MoneEdgeError(f"cannot write in {folder}: {error.strerror or error}") from error
     seconds = time.monotonic() - started
-    results = [_result(job, files, seconds) for job, files in zip(jobs, made, strict=True)]
-    for job, result in zip(jobs, results, strict=True):
-        recipe.save(result.outfile.with_suffix(".recipe.yaml"))
-        card.write(result.outfile, job.plan, recipe, result.bytes)
-    return results
+    return [_result(job, files, seconds) for job, files in zip(jobs, made, strict=True)]
+
+
+def _write_beside(job: Job, place: Path, recipe: Recipe) -> None:
+    parts = sorted(place.iterdir())
+    recipe.save(beside(parts[0])[0])
+    card.write(parts[0], job.plan, recipe, sum(part.stat().st_size for part in parts))
+
+
+def beside(outfile: Path) -> tuple[Path, Path]:
+    """The recipe and the model card that are written with a file."""
+    return outfile.with_suffix(".recipe.yaml"), outfile.with_suffix(".md")
 
 
 def _write_together(
@@ -315,7 +332,7 @@ def _publish(job: Job, place: Path) -> tuple[Path, ...]:
     for file in sorted(place.iterdir()):
         target = job.outfile.parent / file.name
         file.replace(target)
-        targets.append(target)
+        targets += [target] if file.suffix == job.outfile.suffix else []
     return tuple(targets)
 
 

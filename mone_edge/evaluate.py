@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mone_edge.errors import MoneEdgeError, UsageError
+from mone_edge.paths import exists, expand
 from mone_edge.scoring import (
     Divergence,
     LanguageModel,
@@ -135,8 +136,8 @@ def _evaluate_one(
 
 def locate(model: str, *, offline: bool = False) -> Path:
     """The file or folder of a model to evaluate; dense models are welcome too."""
-    path = Path(model).expanduser()
-    if path.exists():
+    path = expand(model)
+    if exists(path):
         return path
     from mone_edge import source
 
@@ -205,22 +206,19 @@ class TorchModel:
         """Load a checkpoint folder.
 
         Raises:
-            MoneEdgeError: transformers cannot read it.
+            MoneEdgeError: it is damaged, or transformers cannot read it.
         """
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from mone_edge.calibration import load_tokenizer
+        from mone_edge.collect.loading import load_model
+        from mone_edge.source import open_folder
 
         if threads:
             torch.set_num_threads(threads)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True
-            )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise MoneEdgeError(f"transformers cannot load {folder}: {reason[0]}") from error
-        return cls(model.eval(), tokenizer)
+        checked = open_folder(folder).path
+        tokenizer = load_tokenizer(checked)
+        return cls(load_model(checked, device="cpu", dtype="float32"), tokenizer)
 
     @property
     def vocab_size(self) -> int:

@@ -63,7 +63,9 @@ class Generator:
     ) -> None:
         check_gguf(path)
         from mone_edge import runtime
+        from mone_edge.probe import require_loadable
 
+        require_loadable(path)
         llama_cpp: Any = runtime.load()
         self._api = llama_cpp.llama_cpp
         self._path = path

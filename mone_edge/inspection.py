@@ -11,6 +11,7 @@ from typing import Any
 from mone_edge import source, stats
 from mone_edge.errors import MoneEdgeError
 from mone_edge.gguf_header import read_header
+from mone_edge.paths import expand, is_file
 from mone_edge.plan import FORMAT as PLAN_FORMAT
 from mone_edge.plan import PrunePlan
 
@@ -23,16 +24,16 @@ def inspect(target: str, *, offline: bool = False) -> dict[str, Any]:
     Raises:
         MoneEdgeError: it is missing, damaged, or nothing this project knows.
     """
-    path = Path(target).expanduser()
-    if not path.is_file():
+    path = expand(target)
+    if not is_file(path):
         return _checkpoint(source.resolve(target, offline=offline))
     if source.is_gguf(path):
         return _gguf(path)
     if path.suffix == ".safetensors":
         return _stats(path)
-    head = path.open("rb").read(512)
-    if PLAN_FORMAT.encode() in head:
-        return _plan(path)
+    with path.open("rb") as file:
+        if PLAN_FORMAT.encode() in file.read(512):
+            return _plan(path)
     raise MoneEdgeError(f"{path} is not a GGUF, a statistics file or a plan")
 
 
@@ -80,6 +81,8 @@ def _text(value: Any) -> Any:
     """What is not UTF-8 in a GGUF, readable."""
     if isinstance(value, list):
         return [_text(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # JSON has no infinities
     return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else value
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from mone_edge.errors import MoneEdgeError
 from mone_edge.graph import GraphObserver, Node
+from mone_edge.paths import exists, is_file
 
 Logits = NDArray[np.float32]
 
@@ -42,9 +43,9 @@ def check_gguf(path: Path) -> None:
     Raises:
         MoneEdgeError: there is no such file, it cannot be read, or it is something else.
     """
-    if path.is_dir():
+    if exists(path) and path.is_dir():
         raise MoneEdgeError(f"{path} is a folder; name a .gguf file")
-    if not path.is_file():
+    if not is_file(path):
         raise MoneEdgeError(f"no file {path}; make one with: mone-edge convert MODEL -o {path}")
     try:
         with path.open("rb") as file:
@@ -121,7 +122,9 @@ class GgufModel:
     ) -> None:
         check_gguf(path)
         from mone_edge import runtime
+        from mone_edge.probe import require_loadable
 
+        require_loadable(path)
         self.path = path
         self._api: Any = runtime.load().llama_cpp
         self._threads = threads or default_threads()

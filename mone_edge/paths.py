@@ -2,8 +2,8 @@
 
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mone_edge.errors import MoneEdgeError
@@ -18,25 +18,96 @@ def cache_dir() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "mone-edge"
 
 
-def require_writable(target: Path, *, force: bool) -> None:
-    """Refuse now what would otherwise fail after hours of work.
+def expand(name: str) -> Path:
+    """A path as typed, with `~` resolved where there is such a user."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
+
+
+def exists(path: Path) -> bool:
+    """Whether something is there; False too for names that no file can have."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def is_file(path: Path) -> bool:
+    """Whether this is an ordinary file; False too for names that no file can have."""
+    return exists(path) and path.is_file()
+
+
+def existing_folder(target: Path) -> Path:
+    """The folder that a file will be in, or the nearest one above that exists."""
+    folder = target.parent
+    while not exists(folder) and folder != folder.parent:
+        folder = folder.parent
+    return folder
+
+
+def require_writable(target: Path, *, force: bool, inputs: Iterable[Path] = ()) -> None:
+    """Refuse now what would otherwise fail after hours of work; makes nothing.
+
+    Args:
+        inputs: files that the command reads, which stay as they are whatever `force` says.
 
     Raises:
-        MoneEdgeError: `target` exists and `force` is not given, or its folder cannot be written.
+        MoneEdgeError: `target` exists and `force` is not given, is an input, or its folder cannot
+            be written.
     """
-    if target.is_dir():
-        raise MoneEdgeError(f"{target} is a folder; name a file")
-    if target.exists() and not force:
-        raise MoneEdgeError(
-            f"{target} exists; add --force to replace it, or name another --outfile"
-        )
-    folder = target.parent
+    if exists(target):
+        _require_replaceable(target, force, inputs)
+    folder = existing_folder(target)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        _temporary(target).lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise MoneEdgeError(f"cannot write {str(target)[:80]!r}: {why}") from error
+    try:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise MoneEdgeError(f"cannot write in {folder}: {error.strerror}") from error
+
+
+def _require_replaceable(target: Path, force: bool, inputs: Iterable[Path]) -> None:
+    if target.is_dir():
+        raise MoneEdgeError(f"{target} is a folder; name a file")
+    if not target.is_file():
+        raise MoneEdgeError(f"{target} is not an ordinary file; name another --outfile")
+    if any(is_file(path) and path.samefile(target) for path in inputs):
+        raise MoneEdgeError(f"{target} is an input of this command; name another --outfile")
+    if not force:
+        raise MoneEdgeError(
+            f"{target} exists; add --force to replace it, or name another --outfile"
+        )
+
+
+@contextmanager
+def parent_folder(target: Path) -> Iterator[Path]:
+    """The folder of `target`, made if it is missing and gone again if the block fails.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    folder = target.parent
+    made = [path for path in (folder, *folder.parents) if not exists(path)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+    except BaseException:
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()
+        raise
+
+
+def _temporary(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{os.getpid()}.tmp")
 
 
 @contextmanager
@@ -46,11 +117,14 @@ def atomic_write(target: Path) -> Iterator[Path]:
     Raises:
         MoneEdgeError: the system refused the write (full disk, missing rights); nothing is left.
     """
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = _temporary(target)
     try:
-        yield temporary
-        temporary.replace(target)
+        with parent_folder(target):
+            try:
+                yield temporary
+                temporary.replace(target)
+            finally:
+                with suppress(OSError):
+                    temporary.unlink(missing_ok=True)
     except OSError as error:
         raise MoneEdgeError(f"cannot write {target}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-from mone_edge import __version__, convert
+from mone_edge import __version__, convert, quantize
 from mone_edge.collect.work import Work
 from mone_edge.errors import MoneEdgeError
 from mone_edge.model_file import ModelFile
@@ -139,7 +139,9 @@ def rehearse(
             replacement=recipe.replacement,
             protect=recipe.protect,
         )
-    return convert.prepare(source, recipe, outfiles, plan=plan, stats=stats if plan else None)
+    jobs = convert.prepare(source, recipe, outfiles, plan=plan, stats=stats if plan else None)
+    quantize.require_loadable(jobs[0].model, source.name)
+    return jobs
 
 
 def _shape_of_stats(source: Source, model: ModelFile) -> ExpertStats:

@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from mone_edge.criteria import CRITERIA
+from mone_edge.documents import parse_json, reason, require_keys
 from mone_edge.errors import MoneEdgeError, UsageError
-from mone_edge.paths import atomic_write
+from mone_edge.paths import atomic_write, is_file
 from mone_edge.recipe import REPLACEMENTS, SCOPES
 from mone_edge.stats import ExpertStats, Float
 
@@ -74,16 +75,16 @@ class PrunePlan:
         Raises:
             MoneEdgeError: the file is missing, damaged, or not a plan.
         """
-        if not path.is_file():
+        if not is_file(path):
             raise MoneEdgeError(
                 f"no plan file {path}; make it with: mone-edge plan STATS -o {path}"
             )
         try:
-            document = json.loads(path.read_text(encoding="utf-8"))
+            document = parse_json(path.read_bytes())
             if document.pop("format") != FORMAT or document.pop("version") != VERSION:
                 raise MoneEdgeError(f"{path} is not a plan of this mone-edge (version {VERSION})")
         except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
-            raise MoneEdgeError(f"{path} is not a readable plan: {error!r}") from error
+            raise MoneEdgeError(f"{path} is not a readable plan: {reason(error)}") from error
         return cls.parse(document, str(path))
 
     @classmethod
@@ -95,24 +96,33 @@ class PrunePlan:
         """
         try:
             fields = dict(document)
-            fields["num_experts"] = {int(k): int(v) for k, v in fields["num_experts"].items()}
-            fields["kept"] = {int(k): tuple(map(int, v)) for k, v in fields["kept"].items()}
+            require_keys(fields, cls)
+            fields["num_experts"] = {int(k): v for k, v in fields["num_experts"].items()}
+            fields["kept"] = {int(k): tuple(v) for k, v in fields["kept"].items()}
             fields["protect"] = tuple(fields["protect"])
             plan = cls(**fields)
             plan._check(where)
         except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise MoneEdgeError(f"{where} is not a readable plan: {error!r}") from error
+            raise MoneEdgeError(f"{where} is not a readable plan: {reason(error)}") from error
         return plan
 
     def _check(self, path: str) -> None:
-        if self.kept.keys() != self.num_experts.keys():
-            raise MoneEdgeError(f"{path}: kept and num_experts name different layers")
-        numbers = (self.prune_ratio, self.top_k, self.seed, *self.protect)
+        if not self.kept or self.kept.keys() != self.num_experts.keys():
+            raise MoneEdgeError(f"{path}: kept and num_experts name different layers, or none")
+        counts = (self.top_k, self.seed, *self.protect, *self.num_experts.values())
+        experts_kept = (expert for kept in self.kept.values() for expert in kept)
+        if any(type(n) is not int or n < 0 for n in (*counts, *experts_kept)):
+            raise MoneEdgeError(f"{path}: an id or a count in it is not a whole number from 0")
+        numbers = (self.prune_ratio,)
         texts = (self.model, self.fingerprint, self.method, self.stats_path, self.stats_sha256)
         if not all(isinstance(n, int | float) for n in numbers) or not all(
             isinstance(text, str) for text in texts
         ):
             raise MoneEdgeError(f"{path}: a number or a name in it has the wrong type")
+        if self.method not in CRITERIA or not 0 <= self.prune_ratio < 1:
+            raise MoneEdgeError(
+                f"{path}: method {self.method!r} with ratio {self.prune_ratio} is not known"
+            )
         if self.scope not in SCOPES or self.replacement not in REPLACEMENTS:
             raise MoneEdgeError(
                 f"{path}: scope {self.scope}, replacement {self.replacement}: this mone-edge knows "

@@ -9,6 +9,7 @@ import ctypes
 import functools
 import os
 import re
+import struct
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -19,10 +20,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mone_edge import runtime
+from mone_edge import gguf_reader, probe, runtime
 from mone_edge.conversion import UNQUANTISED, packages
 from mone_edge.errors import MoneEdgeError, UsageError
 from mone_edge.model_file import Array, LazyTensor, ModelFile
+from mone_edge.paths import is_file
+from mone_edge.source import is_gguf
 from mone_edge.stats import ExpertStats
 
 Imatrix = Mapping[str, Array]  # GGUF tensor name -> [columns] or [experts, columns] mean x^2
@@ -33,6 +36,10 @@ NOT_WRITTEN = {"GUESSED", "NVFP4", "MXFP4_MOE"}  # no quantiser makes these from
 DRY_RUN_LINE = re.compile(
     r"^\[\s*\d+/\s*\d+\]\s+(\S+)\s+- \[[^]]*\], type =\s*(\w+), size =.*?(?:\((\w+)\))?$", re.M
 )
+OVERRIDE_FAULT = re.compile(
+    r"^(?:parse_tensor_type: |.*failed to quantize: (?=.*regular))(.+)", re.M
+)
+F16_MAX = 65504.0
 ROW_BYTES = 1 << 20  # of float input that a thread quantises at a time
 IMATRIX_ALIGN = 512  # tokens a chunk, as llama-imatrix records it
 
@@ -73,13 +80,14 @@ def tensor_types(
         requantise: the model's tensors may be quantised already, and change their types.
 
     Raises:
-        MoneEdgeError: llama-quantize refuses the model, the type or an override.
-        UsageError: an override where all types are kept.
+        UsageError: an override is malformed, matches no tensor, or all types are kept.
+        MoneEdgeError: llama-quantize refuses the model or the type.
     """
     if outtype == KEEP and overrides:
         raise UsageError(f"--tensor-type {overrides[0]} changes types: give an --outtype too")
     if outtype == KEEP or (outtype in UNQUANTISED and not requantise):
         return {name: tensor.dtype for name, tensor in model.tensors.items()}
+    _require_matches(overrides, model)
     with tempfile.TemporaryDirectory(prefix="mone-edge-") as folder:
         header = Path(folder) / "header.gguf"
         _write_header_only(model, header)
@@ -96,6 +104,8 @@ def tensor_types(
         )
     said = done.stdout + done.stderr
     types = {m[1]: (m[3] or m[2]).upper() for m in DRY_RUN_LINE.finditer(said)}
+    if done.returncode and (said_no := OVERRIDE_FAULT.search(said)):
+        raise UsageError(f"--tensor-type {' '.join(overrides)}: {said_no[1]}")
     if done.returncode or types.keys() != model.tensors.keys():
         raise MoneEdgeError(f"llama-quantize cannot make {outtype} of this model: {_reason(said)}")
     if "will require an imatrix" in said:
@@ -106,6 +116,32 @@ def tensor_types(
     return types
 
 
+def require_loadable(model: ModelFile, name: str) -> None:
+    """Let llama.cpp itself compare metadata and shapes, before a weight is read.
+
+    Raises:
+        MoneEdgeError: it would refuse a file with this header.
+    """
+    with tempfile.TemporaryDirectory(prefix="mone-edge-") as folder:
+        header = Path(folder) / "header.gguf"
+        _write_header_only(model, header)
+        try:
+            probe.require_loadable(header)
+        except MoneEdgeError as error:
+            why = str(error).replace(str(header), "the result")
+            raise MoneEdgeError(f"{name}: config.json and weights do not agree: {why}") from error
+
+
+def _require_matches(overrides: tuple[str, ...], model: ModelFile) -> None:
+    for override in overrides:
+        try:
+            pattern = re.compile(override.rpartition("=")[0].lower())
+        except re.error:
+            continue  # llama-quantize has its own dialect, and says what is wrong
+        if not any(pattern.search(name) for name in model.tensors):
+            raise UsageError(f"--tensor-type {override}: no tensor is called like this")
+
+
 def _reason(said: str) -> str:
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     telling = [line for line in lines if re.search(r"error|fail|invalid|unknown", line, re.I)]
@@ -113,7 +149,18 @@ def _reason(said: str) -> str:
 
 
 def _write_header_only(model: ModelFile, path: Path) -> None:
-    """The model's header, followed by a hole of the size of its data (no disk is used)."""
+    """The model's header, followed by a hole of the size of its data (no disk is used).
+
+    Raises:
+        MoneEdgeError: a number in the metadata has no place in a GGUF.
+    """
+    try:
+        _write_header(model, path)
+    except (struct.error, ValueError, TypeError) as error:
+        raise MoneEdgeError(f"config.json holds a number that no GGUF can: {error}") from error
+
+
+def _write_header(model: ModelFile, path: Path) -> None:
     gguf, _ = packages()
     writer = gguf.GGUFWriter(path, model.arch)
     writer.kv_data[0] = dict(model.metadata)
@@ -258,15 +305,30 @@ def quantized_chunks(
     importance = (imatrix or {}).get(name)
     for index, load in enumerate(tensor.chunks):
         values = load()
+        if tensor.dtype == "F32":
+            _require_sane(name, values, dtype)
         if dtype == tensor.dtype:
             yield values.reshape(-1).view(np.uint8)
             continue
         if tensor.dtype != "F32":
             values = to_float(values, tensor.dtype, tensor.shape[-1], threads)
-        if not np.isfinite(values.sum(dtype=np.float64)) and not np.isfinite(values).all():
-            raise MoneEdgeError(f"{name} holds values that are infinite or not numbers")
         for piece, row in _matrices(values, index, importance, len(tensor.chunks) > 1):
             yield quantize_rows(piece.astype(np.float32, copy=False), dtype, row, threads)
+
+
+def _require_sane(name: str, values: Array, dtype: str) -> None:
+    """Refuse what is damaged: nothing trained is beyond the range of half precision, which the
+    scales of quantised blocks have too."""
+    largest = float(max(values.max(initial=0), -values.min(initial=0)))  # NaN stays NaN
+    if not np.isfinite(largest):
+        raise MoneEdgeError(
+            f"{name} holds values that are infinite or not numbers; the checkpoint is damaged"
+        )
+    if largest > F16_MAX and dtype not in ("F32", "BF16"):
+        raise MoneEdgeError(
+            f"{name} holds {largest:.3g}, and {dtype} reaches {F16_MAX:.0f}; the checkpoint is "
+            "damaged, or needs --outtype BF16"
+        )
 
 
 def _matrices(
@@ -331,17 +393,14 @@ def read_imatrix(path: Path) -> dict[str, Array]:
     Raises:
         MoneEdgeError: the file is missing, damaged or of the old `.dat` form.
     """
-    gguf, _ = packages()
-    try:
-        reader = gguf.GGUFReader(path)
-        tensors = {
-            tensor.name: np.array(tensor.data, dtype=np.float64) for tensor in reader.tensors
-        }
-    except (OSError, ValueError, KeyError, IndexError) as error:
+    if not is_gguf(path):
+        what = "is not in GGUF form" if is_file(path) else "is not a file"
         raise MoneEdgeError(
-            f"{path} is not an importance matrix in GGUF form ({error}); an old .dat file becomes "
-            f"one with: llama-imatrix --in-file {path} -o imatrix.gguf"
-        ) from error
+            f"--imatrix {path} {what}; an old .dat file becomes one with: "
+            f"llama-imatrix --in-file {path} -o imatrix.gguf"
+        )
+    reader, _ = gguf_reader.read(path)
+    tensors = {tensor.name: tensor.data for tensor in reader.tensors}
     found: dict[str, Array] = {}
     for name, total in tensors.items():
         if (
@@ -349,8 +408,31 @@ def read_imatrix(path: Path) -> dict[str, Array]:
             and (stem := name.removesuffix(".in_sum2")) + ".counts" in tensors
         ):
             counts = tensors[f"{stem}.counts"].reshape(-1)
-            mean = _mean(total.reshape(len(counts), -1), counts[:, None].astype(np.int64))
+            if total.dtype != np.float32 or counts.dtype != np.float32 or total.size % counts.size:
+                raise MoneEdgeError(f"{path} is damaged: {name} does not fit its counts")
+            if not (np.isfinite(total).all() and np.isfinite(counts).all()):
+                raise MoneEdgeError(f"{path} is damaged: {name} is not finite")
+            rows = total.reshape(len(counts), -1).astype(np.float64)
+            mean = _mean(rows, counts[:, None].astype(np.int64))
             found[stem] = mean if len(counts) > 1 else mean[0]
     if not found:
         raise MoneEdgeError(f"{path} holds no importance matrix (no tensors ending in .in_sum2)")
     return found
+
+
+def require_fit(imatrix: Imatrix, model: ModelFile, name: str) -> None:
+    """Refuse another model's importance matrix: ggml would read beyond its end.
+
+    Raises:
+        MoneEdgeError: a row has not the columns of its tensor, or no tensor is in it.
+    """
+    shared = imatrix.keys() & model.tensors.keys()
+    for tensor in sorted(shared):
+        wanted, got = model.tensors[tensor].shape, imatrix[tensor].shape
+        if got not in (wanted[-1:], (wanted[0], wanted[-1])):
+            raise MoneEdgeError(
+                f"--imatrix {name} is of another model: {tensor} is "
+                f"{' x '.join(map(str, wanted))} here, its row there {' x '.join(map(str, got))}"
+            )
+    if not shared:
+        raise MoneEdgeError(f"--imatrix {name} is of another model: it has no tensor of this one")

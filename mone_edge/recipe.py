@@ -5,11 +5,14 @@ the same file. Knows nothing about how any of it is done.
 """
 
 import dataclasses
+import functools
 import hashlib
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mone_edge.documents import reason
 from mone_edge.errors import UsageError
 from mone_edge.paths import atomic_write
 
@@ -72,11 +75,13 @@ def load(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = yaml.load(path.read_text(encoding="utf-8"), _loader())
     except OSError as error:
         raise UsageError(f"cannot read recipe {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        raise UsageError(f"{path} is not YAML: {reason(error)}") from error
+    except RecursionError as error:
+        raise UsageError(f"{path} is not a recipe: nested too deeply") from error
     if not isinstance(document, dict):
         raise UsageError(f"{path} is not a recipe: it holds no options")
     calibration = document.get("calibration") or {}
@@ -86,7 +91,30 @@ def load(path: Path) -> dict[str, Any]:
     _require_known(path, calibration, Calibration, "calibration.")
     _require_types(path, document, Recipe)
     _require_types(path, calibration, Calibration, "calibration.")
+    _require_ranges(path, document, calibration)
     return document
+
+
+@functools.cache
+def _loader() -> Any:
+    """YAML's safe loader without what a recipe has no use for: aliases (a few lines of them make
+    gigabytes) and keys that occur twice (the last would win in silence)."""
+    import yaml
+
+    class RecipeLoader(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError("aliases (*name) are not allowed in a recipe")
+            return super().compose_node(parent, index)
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            names = [key.value for key, _ in node.value]
+            twice = next((name for name in names if names.count(name) > 1), None)
+            if twice is not None:
+                raise yaml.YAMLError(f"{twice} occurs twice")
+            return super().construct_mapping(node, deep)
+
+    return RecipeLoader
 
 
 def _require_known(path: Path, given: dict[str, Any], kind: Any, prefix: str = "") -> None:
@@ -106,4 +134,26 @@ def _require_types(path: Path, given: dict[str, Any], kind: Any, prefix: str = "
         if wanted is tuple:
             wanted = (list, tuple)
         if not isinstance(value, wanted) or isinstance(value, bool):
-            raise UsageError(f"{path}: {prefix}{field.name} cannot be {value!r}")
+            raise UsageError(f"{path}: {prefix}{field.name} cannot be {reprlib.repr(value)}")
+        if wanted == (list, tuple):
+            _require_items(path, prefix + field.name, value)
+
+
+def _require_items(path: Path, name: str, values: list[Any]) -> None:
+    wanted = int if name == "protect" else str
+    for value in values:
+        if type(value) is not wanted:
+            raise UsageError(f"{path}: {name} cannot hold {reprlib.repr(value)}")
+
+
+def _require_ranges(path: Path, given: dict[str, Any], calibration: dict[str, Any]) -> None:
+    for name, least in (("samples", 1), ("seq_len", 2), ("seed", 0)):
+        value = calibration.get(name)
+        if value is not None and value < least:
+            raise UsageError(f"{path}: calibration.{name} is {value}, at least {least} is needed")
+    ratio = given.get("prune_ratio")
+    if ratio is not None and not 0 <= ratio < 1:
+        raise UsageError(f"{path}: prune_ratio is {ratio}, not 0 <= ratio < 1")
+    for name, known in (("scope", SCOPES), ("replacement", REPLACEMENTS)):
+        if given.get(name) not in (None, *known):
+            raise UsageError(f"{path}: no {name} {given[name]}; there are {', '.join(known)}")

@@ -230,11 +230,12 @@ def _log_probabilities(model: LanguageModel, tokens: Sequence[int], first: int) 
 
 def require_finite(logits: Logits) -> Logits:
     """Refuse a broken model instead of reporting a number made of NaN."""
-    if np.isnan(logits).any():
-        broken = int(np.isnan(logits).any(axis=1).sum())
+    broken = int((np.isnan(logits) | np.isposinf(logits)).any(axis=1).sum())
+    if broken:
+        value = "NaN" if np.isnan(logits).any() else "infinity"
         raise MoneEdgeError(
-            f"the model computes NaN at {broken} of {len(logits)} positions; its file is damaged "
-            "or its weights overflow"
+            f"the model computes {value} at {broken} of {len(logits)} positions; its file "
+            "is damaged or its weights overflow"
         )
     return logits
 

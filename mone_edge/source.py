@@ -5,7 +5,7 @@ fingerprint of the weights, and the ways to open it and to measure it. Loads no 
 """
 
 import hashlib
-import json
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -14,7 +14,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from mone_edge.config import (
+    EXPERT_COUNT_KEYS,
+    LAYER_COUNT_KEYS,
+    TOP_K_KEYS,
+    check_shapes,
+    count,
+    read_config,
+)
+from mone_edge.documents import parse_json, reason
 from mone_edge.errors import MoneEdgeError
+from mone_edge.paths import exists, expand, is_file
 
 if TYPE_CHECKING:
     from mone_edge.calibration import Batches, Tokenizer
@@ -24,8 +34,6 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 
-EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 PRUNED_METHOD = "mone-edge"  # quantization_config.quant_method of a pruned checkpoint
 FINGERPRINT_BYTES = 64  # of each tensor: enough to tell two trainings of one shape apart
 # The name of a tensor of one expert: everything before its number, the number, the rest.
@@ -33,6 +41,15 @@ EXPERT_KEY = re.compile(r"(?P<prefix>.*\bexperts\.(?:[a-z_]\w*\.)*)(?P<id>\d+)\.
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(@[\w./-]+)?$")
 HUB_FILES = ("*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja", "*.txt", "README.md")
 MAX_HEADER_BYTES = 100_000_000  # what safetensors itself accepts
+ITEM_BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("BOOL", "I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
+    **dict.fromkeys(("F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}  # safetensors' types
 
 
 @dataclass(frozen=True)
@@ -152,7 +169,7 @@ class Source(ABC):
     def fingerprint(self) -> str:
         """SHA-256 over the names, types, shapes and first bytes of all tensors."""
         digest = hashlib.sha256()
-        handles = {file: file.open("rb") for file in self.files}
+        handles = {file: file.open("rb") for file in {r.file for r in self.tensors.values()}}
         try:
             for name, ref in self.tensors.items():
                 digest.update(f"{name} {ref.dtype} {ref.shape}\n".encode())
@@ -173,7 +190,7 @@ class Checkpoint(Source):
     @property
     def label(self) -> str:
         """The folder's name, or the hub id's without its owner."""
-        if Path(self.name).expanduser().exists():
+        if exists(expand(self.name)):
             return self.path.resolve().name
         return self.name.partition("@")[0].rpartition("/")[2]
 
@@ -217,19 +234,15 @@ class Checkpoint(Source):
 
     @property
     def num_experts(self) -> int:
-        return self._integer(EXPERT_COUNT_KEYS)
+        return count(self.text_config, EXPERT_COUNT_KEYS)
 
     @property
     def top_k(self) -> int:
-        return self._integer(TOP_K_KEYS)
+        return count(self.text_config, TOP_K_KEYS)
 
     @property
     def num_layers(self) -> int:
-        return self._integer(("num_hidden_layers", "n_layers", "num_layers", "n_layer"))
-
-    def _integer(self, keys: tuple[str, ...]) -> int:
-        value = next((self.text_config[k] for k in keys if self.text_config.get(k)), 0)
-        return value if isinstance(value, int) else 0
+        return count(self.text_config, LAYER_COUNT_KEYS)
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorRef]:
@@ -242,6 +255,11 @@ class Checkpoint(Source):
         for file in _shards(self.path):
             found |= _read_header(file)
         return dict(sorted(found.items()))
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every file of the checkpoint folder."""
+        return tuple(sorted(path for path in self.path.iterdir() if path.is_file()))
 
     def open(self, *, dtype: str = "F32", tokenizer_pre: str = "") -> "ModelFile":
         """See `conversion.open_checkpoint`."""
@@ -292,10 +310,13 @@ def item_bytes(dtype: str) -> int:
 
 def is_gguf(path: Path) -> bool:
     """Whether a file starts as a GGUF does."""
-    if not path.is_file():
+    if not is_file(path):
         return False
-    with path.open("rb") as file:
-        return file.read(4) == b"GGUF"
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError as error:
+        raise MoneEdgeError(f"cannot read {path}: {error.strerror}") from error
 
 
 def resolve(model: str, *, offline: bool = False) -> Source:
@@ -315,19 +336,40 @@ def resolve(model: str, *, offline: bool = False) -> Source:
         from mone_edge.gguf_file import open_source
 
         return open_source(model, path)
-    source = Checkpoint(model, path, _read_config(path))
+    source = open_folder(path, model)
     if not source.num_experts:
         raise MoneEdgeError(
             f"{model} ({source.architecture}) is a dense model: its config.json names no experts "
             f"({', '.join(EXPERT_COUNT_KEYS)}); there is nothing to prune"
         )
-    _ = source.tensors
+    if not _top_k_fits(source):
+        raise MoneEdgeError(
+            f"{path / 'config.json'}: {source.top_k} experts a token of {source.num_experts} "
+            "cannot be"
+        )
     return source
 
 
+def open_folder(path: Path, name: str = "") -> Checkpoint:
+    """A checkpoint folder, dense ones too, with config and headers checked.
+
+    Raises:
+        MoneEdgeError: it is no checkpoint, is damaged, or config and weights differ.
+    """
+    source = Checkpoint(name or str(path), path, read_config(path))
+    shapes = ((tensor, ref.shape) for tensor, ref in source.tensors.items())
+    check_shapes(path / "config.json", source.text_config, shapes)
+    return source
+
+
+def _top_k_fits(source: Checkpoint) -> bool:
+    given = any(source.text_config.get(key) is not None for key in TOP_K_KEYS)
+    return not given or 0 < source.top_k <= source.num_experts
+
+
 def _locate(model: str, *, offline: bool) -> Path:
-    path = Path(model).expanduser()
-    if path.exists():
+    path = expand(model)
+    if exists(path):
         return path
     if model == "demo":
         from mone_edge import demo
@@ -374,36 +416,20 @@ def _download(model: str, *, offline: bool) -> Path:
             f"{model} is neither a folder here nor in the hub cache, and {why}"
         ) from error
     except (HfHubHTTPError, OSError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise MoneEdgeError(f"cannot fetch {model} from the hub: {reason}") from error
+        raise MoneEdgeError(f"cannot fetch {model} from the hub: {reason(error)}") from error
     return Path(folder)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    config = folder / "config.json"
-    if not config.is_file():
-        raise MoneEdgeError(f"{folder} holds no config.json; it is not a Hugging Face checkpoint")
-    try:
-        document = json.loads(config.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise MoneEdgeError(f"{config} is not readable JSON: {error}") from error
-    if not isinstance(document, dict):
-        raise MoneEdgeError(f"{config} is not a JSON object")
-    return document
 
 
 def _shards(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
+    if is_file(index):
         try:
-            names = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise MoneEdgeError(f"{index} is damaged: {error!r}") from error
+            names = sorted(set(parse_json(index.read_bytes())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
+            raise MoneEdgeError(f"{index} is damaged: {reason(error)}") from error
         if any(not isinstance(name, str) or Path(name).name != name for name in names):
             raise MoneEdgeError(f"{index} names files outside its folder")
-        missing = [name for name in names if not (folder / name).is_file()]
+        missing = [name for name in names if not is_file(folder / name)]
         if missing:
             raise MoneEdgeError(
                 f"{folder} lacks {len(missing)} of {len(names)} shards, first {missing[0]}; "
@@ -424,29 +450,37 @@ def _shards(folder: Path) -> list[Path]:
 
 def _read_header(file: Path) -> dict[str, TensorRef]:
     """The tensors of one shard, with the file's length checked against its header."""
-    total = file.stat().st_size
-    with file.open("rb") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        if total < 8 or length > min(total - 8, MAX_HEADER_BYTES):
-            raise MoneEdgeError(f"{file} is truncated or not safetensors: {total} bytes")
-        try:
-            header = json.loads(handle.read(length))
-            header.pop("__metadata__", None)
-            refs = {
-                name: TensorRef(
-                    file,
-                    str(entry["dtype"]),
-                    tuple(int(n) for n in entry["shape"]),
-                    8 + length + int(entry["data_offsets"][0]),
-                    int(entry["data_offsets"][1]) - int(entry["data_offsets"][0]),
-                )
-                for name, entry in header.items()
-            }
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise MoneEdgeError(f"{file} has a damaged header: {type(error).__name__}") from error
+    try:
+        total = file.stat().st_size
+        with file.open("rb") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            if total < 8 or length > min(total - 8, MAX_HEADER_BYTES):
+                raise MoneEdgeError(f"{file} is truncated or not safetensors: {total} bytes")
+            header = parse_json(handle.read(length))
+        header.pop("__metadata__", None)
+        refs = {name: _reference(file, 8 + length, entry) for name, entry in header.items()}
+    except OSError as error:
+        raise MoneEdgeError(f"cannot read {file}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise MoneEdgeError(
+            f"{file} has a damaged header: {reason(error)}; fetch it again"
+        ) from error
     end = max((ref.offset + ref.size for ref in refs.values()), default=0)
-    if end > total or any(ref.size < 0 or ref.offset < 8 for ref in refs.values()):
+    if end > total:
         raise MoneEdgeError(
             f"{file} is truncated: its header promises {end} bytes, it has {total}; fetch it again"
         )
     return refs
+
+
+def _reference(file: Path, data_start: int, entry: Any) -> TensorRef:
+    """One entry of a header; ValueError and the like where it contradicts itself."""
+    dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    numbers = (*shape, begin, end)
+    if any(type(number) is not int or number < 0 for number in numbers) or begin > end:
+        raise ValueError(f"shape {shape}, offsets {begin} to {end}")
+    if dtype not in ITEM_BITS:
+        raise ValueError(f"unknown type {dtype}")
+    if end - begin != math.prod(shape) * ITEM_BITS[dtype] // 8:
+        raise ValueError(f"{end - begin} bytes for {dtype} {shape}")
+    return TensorRef(file, dtype, tuple(shape), data_start + begin, end - begin)

@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mone_edge.documents import parse_json, reason, require_keys
 from mone_edge.errors import MoneEdgeError
-from mone_edge.paths import atomic_write
+from mone_edge.paths import atomic_write, is_file
 
 FORMAT = "mone-edge-stats"
 VERSION = 1
@@ -197,7 +198,7 @@ class ExpertStats:
         """
         from safetensors import SafetensorError, safe_open
 
-        if not path.is_file():
+        if not is_file(path):
             raise MoneEdgeError(
                 f"no statistics file {path}; make it with: mone-edge stats MODEL -o {path}"
             )
@@ -209,13 +210,13 @@ class ExpertStats:
         except KeyError as error:
             raise MoneEdgeError(f"{path} is damaged: it has no {error.args[0]}") from error
         except (SafetensorError, OSError, ValueError, TypeError, IndexError) as error:
-            raise MoneEdgeError(f"{path} is damaged: {error}") from error
+            raise MoneEdgeError(f"{path} is damaged: {reason(error)}") from error
 
 
 def _header(path: Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:
     if FORMAT not in (metadata or {}):
         raise MoneEdgeError(f"{path} is not a mone-edge statistics file")
-    document: dict[str, Any] = json.loads((metadata or {})[FORMAT])
+    document: dict[str, Any] = parse_json((metadata or {})[FORMAT])
     if document["version"] != VERSION:
         raise MoneEdgeError(
             f"{path} has statistics version {document['version']}, this mone-edge reads {VERSION}"
@@ -228,12 +229,16 @@ def _assemble(provenance: dict[str, Any], tensors: Mapping[str, NDArray[Any]]) -
     fields: dict[str, Any] = {
         k: tuple(v) if isinstance(v, list) else v for k, v in provenance.items()
     }
+    require_keys(fields, Provenance)
     indices = [int(n.split(".")[1]) for n in tensors if n.endswith(".scalars")]
     linears = {
         name.removeprefix("linear."): LinearStats(int(values[-1]), values[:-1])
         for name, values in tensors.items()
         if name.startswith("linear.")
     }
+    broken = next((n for n, s in linears.items() if not np.isfinite(s.input_sq_sum).all()), None)
+    if broken is not None:
+        raise ValueError(f"linear {broken} is not finite")
     layers = {index: _layer(index, tensors) for index in sorted(indices)}
     return ExpertStats(Provenance(**fields), layers, linears)
 

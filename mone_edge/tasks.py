@@ -5,7 +5,6 @@ Out: accuracy per task, by log-likelihood (`acc`) and by log-likelihood per byte
 (`acc_norm`), as EleutherAI's lm-evaluation-harness defines them for multiple choice.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from mone_edge.documents import parse_json, reason
 from mone_edge.errors import MoneEdgeError
 from mone_edge.scoring import (
     Float,
@@ -60,8 +60,10 @@ def read_items(path: Path, limit: int | None = None) -> list[TaskItem]:
     """
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise MoneEdgeError(f"cannot read task file {path}: {error}") from error
+    except OSError as error:
+        raise MoneEdgeError(f"cannot read task file {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise MoneEdgeError(f"cannot read task file {path}: {reason(error)}") from error
     items: list[TaskItem] = []
     seen: Counter[str] = Counter()
     for number, line in enumerate(lines, start=1):
@@ -78,9 +80,9 @@ def read_items(path: Path, limit: int | None = None) -> list[TaskItem]:
 
 def _parse(line: str, where: str) -> TaskItem:
     try:
-        entry = json.loads(line)
+        entry = parse_json(line)
     except ValueError as error:
-        raise MoneEdgeError(f"{where}: not JSON: {error}") from error
+        raise MoneEdgeError(f"{where}: not JSON: {reason(error)}") from error
     fault = _fault(entry)
     if fault:
         raise MoneEdgeError(

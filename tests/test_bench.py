@@ -165,7 +165,7 @@ def test_wrong_input_is_refused(
         bench.bench([pruned[0]], prompt_tokens=0, generated_tokens=0)
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(pruned[0].read_bytes()[:-5000])
-    with pytest.raises(MoneEdgeError, match=r"llama-bench failed on .*cut.gguf \(status 1\): "):
+    with pytest.raises(MoneEdgeError, match=r"cannot load .*cut.gguf: .* file bounds"):
         bench.bench([cut], repetitions=1)
     assert run_cli(["bench", str(tmp_path / "none.gguf")]) == 1
     assert capsys.readouterr().err.count("\n") == 1

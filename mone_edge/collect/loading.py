@@ -5,21 +5,21 @@ of modules in memory to the names of weights in the checkpoint.
 """
 
 import importlib
-import json
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mone_edge.config import read_config
+from mone_edge.documents import reason
 from mone_edge.errors import MoneEdgeError, UsageError
 from mone_edge.source import PRUNED_METHOD
+from mone_edge.transformers_quiet import LOAD_ERRORS, quiet
 
 MEMORY_SHARE = 0.85  # of the memory that weights may take; the rest is activations and sums
 _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError)
 
 
 def load_model(
@@ -37,12 +37,9 @@ def load_model(
         MoneEdgeError: not a loadable checkpoint, weights missing, or not enough memory.
         UsageError: no such device or dtype.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    if not (model_dir / "config.json").is_file():
-        raise MoneEdgeError(f"{model_dir} is not a checkpoint folder: it has no config.json")
-    if _is_pruned(model_dir):
+    if read_config(model_dir).get("quantization_config", {}).get("quant_method") == PRUNED_METHOD:
         importlib.import_module("mone_edge.pruned_model")  # registers its loader
     place = choose_device(device)
     precision = torch_dtype(dtype) if dtype != "auto" else choose_dtype(model_dir, place)
@@ -57,8 +54,8 @@ def load_model(
                 experts_implementation=experts,
                 output_loading_info=True,
             )
-    except (*LOAD_ERRORS, SafetensorError) as error:
-        raise MoneEdgeError(f"cannot load {model_dir}: {first_line(error)}") from error
+    except LOAD_ERRORS as error:
+        raise MoneEdgeError(f"cannot load {model_dir}: {reason(error)}") from error
     missing = sorted(map(str, report["missing_keys"])) + sorted(map(str, report["mismatched_keys"]))
     if missing:
         raise MoneEdgeError(
@@ -75,7 +72,7 @@ def choose_device(device: str) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {device} cannot be used: {first_line(error)}") from error
+        raise UsageError(f"--device {device} cannot be used: {reason(error)}") from error
 
 
 def choose_dtype(model_dir: Path, device: torch.device) -> torch.dtype:
@@ -104,14 +101,9 @@ def fits(model_dir: Path, device: torch.device) -> bool:
 
 def stored_dtype(model_dir: Path) -> str:
     """Name of the torch dtype that the checkpoint's weights are meant to be loaded in."""
-    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    config = read_config(model_dir)
     stored = config.get("dtype") or config.get("torch_dtype") or "float32"
     return stored if stored in _ITEM_BYTES else "bfloat16"
-
-
-def _is_pruned(model_dir: Path) -> bool:
-    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
-    return bool((config.get("quantization_config") or {}).get("quant_method") == PRUNED_METHOD)
 
 
 def _weight_bytes(model_dir: Path) -> int:
@@ -157,23 +149,3 @@ def memory_bytes(device: torch.device) -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # Windows
         return 2**62
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of a library's message."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bar of transformers: the caller draws its own."""
-    from transformers.utils import logging
-
-    enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            logging.enable_progress_bar()

@@ -23,10 +23,8 @@ from mone_edge.collect.accumulate import LayerAccumulator, LinearAccumulator
 from mone_edge.collect.experts import model_type
 from mone_edge.collect.hidden import HiddenStates
 from mone_edge.collect.loading import (
-    LOAD_ERRORS,
     MEMORY_SHARE,
     choose_device,
-    first_line,
     memory_bytes,
     stored_dtype,
     torch_dtype,
@@ -41,9 +39,11 @@ from mone_edge.collect.torch_model import (
     provenance,
 )
 from mone_edge.collect.work import Work, WorkFolder, open_work, run_key
+from mone_edge.documents import reason
 from mone_edge.errors import MoneEdgeError
 from mone_edge.source import Checkpoint
 from mone_edge.stats import ExpertStats
+from mone_edge.transformers_quiet import LOAD_ERRORS
 
 Progress = Callable[[int, int], None]
 
@@ -172,7 +172,7 @@ class _Run:
         except _LayerDone:
             pass
         except LOAD_ERRORS as error:
-            raise MoneEdgeError(self._unsuitable(f"{name}: {first_line(error)}")) from error
+            raise MoneEdgeError(self._unsuitable(f"{name}: {reason(error)}")) from error
         if not result or not isinstance(result[0], Tensor):
             raise MoneEdgeError(self._unsuitable(f"{name} returns no hidden states"))
         return result[0]

@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from mone_edge.collect.experts import experts_modules, model_type
-from mone_edge.collect.loading import LOAD_ERRORS, first_line, quiet
+from mone_edge.documents import reason
 from mone_edge.errors import MoneEdgeError
 from mone_edge.source import Checkpoint, item_bytes
+from mone_edge.transformers_quiet import LOAD_ERRORS, quiet
 
 OUTSIDE = ""  # the part of the model that is no layer: embeddings, norm, output head
 
@@ -53,7 +54,7 @@ class StreamedModel:
                     self.model, weights, self._load_config
                 )
         except LOAD_ERRORS as error:
-            raise MoneEdgeError(f"cannot load {self.source.path}: {first_line(error)}") from error
+            raise MoneEdgeError(f"cannot load {self.source.path}: {reason(error)}") from error
         if part == OUTSIDE:
             self.model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
         self._make_buffers(part)
@@ -180,7 +181,7 @@ def on_meta(source: Checkpoint, dtype: torch.dtype = torch.float32) -> Any:
         with torch.device("meta"), quiet():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except LOAD_ERRORS as error:
-        raise MoneEdgeError(f"cannot load {source.path}: {first_line(error)}") from error
+        raise MoneEdgeError(f"cannot load {source.path}: {reason(error)}") from error
     model.set_experts_implementation("eager")
     return model.eval()
 

@@ -216,6 +216,9 @@ def checked(model: Any, index: int, sums: LayerAccumulator, tokens: int) -> Laye
 def by_key(model: Any, sums: dict[str, LinearAccumulator]) -> dict[str, LinearStats]:
     """Finished sums by the names of the checkpoint's weights."""
     measured = {name: s.total for name, s in sums.items() if s.total is not None}
+    for name, stats in measured.items():
+        if not np.isfinite(stats.input_sq_sum).all():
+            raise MoneEdgeError(f"the inputs of {name} are not finite; the weights are damaged")
     names = checkpoint_names(model, measured)
     return {key: stats for name, stats in measured.items() for key in names[name]}
 

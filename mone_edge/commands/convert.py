@@ -1,7 +1,9 @@
 """`mone-edge convert`: the whole job, from a checkpoint or GGUF to a smaller GGUF."""
 
 import dataclasses
+import glob
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,11 +80,12 @@ def command(
     mone-edge convert OLMoE-1B-7B-Q4_K_M.gguf --prune-ratio 0.25
     """
     from mone_edge import convert, pipeline
-    from mone_edge.paths import require_writable
+    from mone_edge.paths import expand
     from mone_edge.plan import PrunePlan
     from mone_edge.source import Checkpoint, resolve
 
     split_max_bytes = _bytes(split_max_size)
+    inputs = [path for path in (stats, plan_file) if path]
     plan = PrunePlan.load(plan_file) if plan_file else None
     source = resolve(model, offline=offline)
     chosen = _recipe(ctx, source, options, recipe)
@@ -97,8 +100,12 @@ def command(
     if plan:
         chosen = dataclasses.replace(chosen, **plan_fields(plan))
     outfiles = _outfiles(source, chosen, outfile)
-    for path in outfiles.values():
-        require_writable(path, force=force)
+    inputs += [
+        *source.files,
+        *(expand(name) for name in (chosen.imatrix, *chosen.calibration.data)),
+    ]
+    inputs += _recipe_to_keep(recipe, chosen)
+    _require_places(outfiles.values(), inputs, recipe, force=force, split=split_max_bytes > 0)
     rehearsal = pipeline.rehearse(source, chosen, outfiles, plan)
     convert.require_space(rehearsal)
     if dry_run:
@@ -194,13 +201,42 @@ def _quantised_twice(source: "Source", outtypes: tuple[str, ...]) -> str:
 
 
 def _outfiles(source: "Source", recipe: "Recipe", template: str | None) -> dict[str, Path]:
+    from mone_edge.paths import expand
     from mone_edge.quantize import KEEP
 
     template = template or f"{source.label}-MoNE{recipe.prune_ratio:g}-{{ftype}}.gguf"
     if len(recipe.outtype) > 1 and "{ftype}" not in template:
         raise UsageError(f"{len(recipe.outtype)} types need {{ftype}} in --outfile {template}")
+    if template.endswith((".md", ".yaml")):
+        raise UsageError(f"--outfile {template}: a GGUF is meant; name a file that ends in .gguf")
     names = {t: source.file_type if t == KEEP else t for t in recipe.outtype}
-    return {t: Path(template.replace("{ftype}", name)) for t, name in names.items()}
+    return {t: expand(template.replace("{ftype}", name)) for t, name in names.items()}
+
+
+def _require_places(
+    outfiles: Iterable[Path], inputs: list[Path], recipe: Path | None, *, force: bool, split: bool
+) -> None:
+    """Refuse outputs that would replace something: an input always, another file without --force.
+
+    The recipe beside an output may be the one that was given: it comes out the same.
+    """
+    from mone_edge.convert import beside
+    from mone_edge.paths import require_writable
+
+    for outfile in outfiles:
+        parts = sorted(outfile.parent.glob(f"{glob.escape(outfile.stem)}-*-of-*.gguf"))
+        for path in (outfile, *(parts if split else ())):
+            require_writable(path, force=force, inputs=inputs)
+        for path in beside(outfile):
+            again = recipe is not None and path.resolve() == recipe.resolve()
+            require_writable(path, force=force or again, inputs=inputs)
+
+
+def _recipe_to_keep(file: Path | None, recipe: "Recipe") -> list[Path]:
+    """The recipe file that was given, unless this run would write the very same."""
+    if file is None or file.read_bytes() == recipe.to_yaml().encode():
+        return []
+    return [file]
 
 
 def _bytes(text: str) -> int:

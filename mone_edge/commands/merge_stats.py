@@ -21,7 +21,7 @@ def command(console: Console, files: tuple[Path, ...], outfile: Path, force: boo
     from mone_edge.paths import require_writable
     from mone_edge.stats import ExpertStats, merge_all
 
-    require_writable(outfile, force=force)
+    require_writable(outfile, force=force, inputs=files)
     merged = merge_all(ExpertStats.load(file) for file in files)
     merged.save(outfile)
     document = {"outfile": str(outfile), "tokens": merged.tokens, "parts": len(files)}

@@ -38,7 +38,7 @@ def command(
     from mone_edge.plan import make_plan, parse_layers
     from mone_edge.stats import ExpertStats, file_sha256
 
-    require_writable(outfile, force=force)
+    require_writable(outfile, force=force, inputs=[stats])
     measured = ExpertStats.load(stats)
     plan = make_plan(
         measured,

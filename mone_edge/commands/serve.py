@@ -34,9 +34,11 @@ def command(
     """
     from mone_edge import runtime
     from mone_edge.llama import check_gguf
+    from mone_edge.probe import require_loadable
 
     check_gguf(model)
     require_free(host, port)
+    require_loadable(model)
     server = str(runtime.tool("llama-server"))
     arguments = [server, "-m", str(model), "--host", host, "--port", str(port)]
     arguments += ["-c", str(ctx_size)] if ctx_size else []

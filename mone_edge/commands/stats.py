@@ -52,15 +52,15 @@ def command(
     """
     from mone_edge import pipeline
     from mone_edge.collect.work import Work, discard, work_path
-    from mone_edge.paths import require_writable
+    from mone_edge.paths import expand, require_writable
     from mone_edge.recipe import Calibration
     from mone_edge.source import resolve
 
-    require_writable(outfile, force=force)
+    source = resolve(model, offline=offline)
+    require_writable(outfile, force=force, inputs=[*source.files, *map(expand, data)])
     work = Work(work_path(outfile), resume=resume, restart=force)
     if resume and not work.started:
         console.info(f"{work.path} holds no unfinished work: starting at the beginning")
-    source = resolve(model, offline=offline)
     try:
         with console.progress("calibrating", "seq") as progress:
             stats = pipeline.calibrate(

@@ -1,0 +1,270 @@
+"""Bad options, places and texts: one clear line, the right code, nothing left, nothing touched."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mone_edge.cli import COMMANDS
+from tests import tiny
+from tests.bad_input import refused, tree
+from tests.conftest import Calibrated
+
+Refused = Callable[..., None]
+CONVERT = ("convert", "model", "--tokenizer-pre", "gpt-2", "--stats", "s.safetensors")
+OUT = ("--outtype", "Q8_0", "-o", "o.gguf")
+
+
+@pytest.fixture(name="workspace")
+def make_workspace(
+    calibrated: Callable[[str], Calibrated], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """A folder to stand in, with a model, its statistics and a text."""
+    made = calibrated("olmoe")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").symlink_to(made.source.path)
+    shutil.copy(made.stats_file, tmp_path / "s.safetensors")
+    (tmp_path / "text.txt").write_text(tiny.TEXT, encoding="utf-8")
+    (tmp_path / "folder").mkdir()
+    return tmp_path
+
+
+@pytest.fixture(name="refuses")
+def make_refuses(workspace: Path, capfd: pytest.CaptureFixture[str]) -> Refused:
+    def check(*arguments: Any, told: str, code: int = 1) -> None:
+        refused(capfd, workspace, list(arguments), code, told)
+
+    return check
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in ("runtime", "doctor")])
+def test_missing_argument_and_unknown_option(command: str, refuses: Refused) -> None:
+    refuses(command, code=2, told="Missing argument")
+    refuses(command, "x", "--bogus", code=2, told="No such option '--bogus'")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("bogus",), "No such command 'bogus'"),
+        (("runtime", "build", "--backend", "bogus"), "bogus"),
+        (("plan", "s.safetensors", "--prune-ratio", "-1"), "-1.0 is not in the range"),
+        (("plan", "s.safetensors", "--prune-ratio", "nan"), "--prune-ratio nan"),
+        (("plan", "s.safetensors", "--prune-ratio", "abc"), "'abc' is not a valid float"),
+        (("plan", "s.safetensors", "--prune-ratio", "0.99"), "at most 0.875"),
+        (
+            ("plan", "s.safetensors", "--prune-ratio", "0.9", "--replacement", "drop"),
+            "top_k=2 among those that stay",
+        ),
+        (("plan", "s.safetensors", "--method", "zzz"), "no method zzz"),
+        (("plan", "s.safetensors", "--scope", "zzz"), "'zzz' is not one of"),
+        (("plan", "s.safetensors", "--protect", "x"), "write layers like 0,2-4,-1"),
+        (("plan", "s.safetensors", "--protect", "0-99999999999999999999"), "layers of this model"),
+        ((*CONVERT, *OUT, "--outtype", "Q99"), "no type Q99; there are"),
+        ((*CONVERT, "-o", "o.gguf", "--outtype", "Q8_0", "--outtype", "F16"), "need {ftype}"),
+        ((*CONVERT, *OUT, "--split-max-size", "1.5G"), "--split-max-size 1.5G"),
+        ((*CONVERT, *OUT, "--tensor-type", "abc"), "malformed tensor type 'abc'"),
+        ((*CONVERT, *OUT, "--tensor-type", "attn=Q99"), "invalid quantization type"),
+        ((*CONVERT, *OUT, "--tensor-type", "zzz=Q8_0"), "no tensor is called like this"),
+        ((*CONVERT, *OUT, "--tensor-type", "(=Q8_0"), "regular expression"),
+        ((*CONVERT, *OUT, "--tokenizer-pre", "zzz"), "no pre-tokenizer zzz"),
+        ((*CONVERT, "-o", "notes.md"), "ends in .gguf"),
+        (("stats", "model", "--data", "text.txt", "--device", "cuda:9"), "--device cuda:9"),
+        (("stats", "model", "--samples", "0"), "0 is not in the range"),
+        (("eval", "model"), "nothing to measure"),
+        (("serve", "x.gguf", "--port", "70000"), "70000 is not in the range"),
+    ],
+)
+def test_wrong_usage(
+    arguments: tuple[str, ...], told: str, refuses: Refused, built_runtime: object
+) -> None:
+    refuses(*arguments, code=2, told=told)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "told"),
+    [
+        ("bogus: 1", "no option bogus"),
+        ("calibration: {bogus: 1}", "no option calibration.bogus"),
+        ("calibration: 3", "calibration is not a group"),
+        ("prune_ratio: high", "prune_ratio cannot be 'high'"),
+        ("prune_ratio: .nan", "prune_ratio is nan"),
+        ("outtype: [1]", "outtype cannot hold 1"),
+        ("protect: [x]", "protect cannot hold 'x'"),
+        ("scope: all", "no scope all"),
+        ("calibration: {seed: -1}", "calibration.seed is -1"),
+        ("seed: 1\nseed: 2", "seed occurs twice"),
+        ("a: &a [x]\nb: [*a, *a]", "aliases (*name) are not allowed"),
+        ("[" * 5000, "nested too deeply"),
+        ("- 1", "it holds no options"),
+        ("method: !!python/object/apply:os.system [exit]", "is not YAML"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_recipe_files(recipe: str, told: str, workspace: Path, refuses: Refused) -> None:
+    (workspace / "r.yaml").write_text(recipe)
+    refuses(*CONVERT, *OUT, "--recipe", "r.yaml", code=2, told=told)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("no.txt", None, "no such file"),
+        ("empty.txt", b"", "0 tokens in all"),
+        ("latin.txt", "Grüße ".encode("latin-1") * 99, "is not UTF-8 text: byte 2"),
+        ("a.jsonl", b"{", "line 1: not JSON"),
+        ("b.jsonl", b'{"text": "x"}\n[1]\n', 'line 2: no "text"'),
+        ("c.jsonl", b"[" * 9999, "nested too deeply"),
+        ("folder", None, "is a folder"),
+    ],
+)
+def test_calibration_texts(
+    name: str, content: bytes | None, told: str, workspace: Path, refuses: Refused
+) -> None:
+    if content is not None:
+        (workspace / name).write_bytes(content)
+    refuses("stats", "model", "-o", "x.safetensors", "--data", name, told=told)
+
+
+def test_hub_data_without_the_datasets_package(
+    refuses: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    refuses("stats", "model", "--data", "org/set", told="pip install datasets")
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("{", ":1: not JSON"),
+        ("[]", ":1: not an object"),
+        ('{"task": "t", "context": "c"}', "no choices, answer"),
+        ('{"task": "t", "context": "c", "choices": ["a", "b"], "answer": 2}', "answer is 2"),
+        ("", "holds no task items"),
+    ],
+)
+def test_task_files(line: str, told: str, workspace: Path, refuses: Refused) -> None:
+    (workspace / "t.jsonl").write_text(line)
+    refuses("eval", "model", "--tasks", "t.jsonl", told=told)
+
+
+@pytest.mark.parametrize("command", [("convert",), ("stats",), ("inspect",)])
+@pytest.mark.parametrize("model", ["nothing", "org/nothing", "~nobody-here/x", "a" * 300])
+def test_models_that_are_not_there(
+    command: tuple[str, ...], model: str, refuses: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    refuses(*command, model, "--offline", told=model)
+
+
+@pytest.mark.parametrize(
+    ("outfile", "told"),
+    [
+        ("folder", "is a folder"),
+        ("text.txt", "text.txt exists; add --force"),
+        ("text.txt/x", "cannot write in text.txt"),
+        ("/proc/none/x", "cannot write in /proc"),
+        ("/dev/null", "not an ordinary file"),
+        ("n" * 300, "File name too long"),
+    ],
+)
+@pytest.mark.parametrize(
+    "command", [("plan", "s.safetensors"), ("merge-stats", "s.safetensors"), CONVERT]
+)
+def test_output_places(
+    command: tuple[str, ...], outfile: str, told: str, refuses: Refused, built_runtime: object
+) -> None:
+    refuses(*command, "-o", outfile, told=told)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("plan", "s.safetensors", "-o", "s.safetensors"),
+        ("merge-stats", "s.safetensors", "-o", "s.safetensors"),
+        ("stats", "model", "--data", "text.txt", "-o", "text.txt"),
+        ("stats", "model", "-o", "model/config.json"),
+        (*CONVERT, "-o", "s.safetensors"),
+        (*CONVERT, "-o", "model/model.safetensors"),
+    ],
+)
+def test_force_does_not_replace_an_input(
+    command: tuple[str, ...], refuses: Refused, built_runtime: object
+) -> None:
+    refuses(*command, "--force", told="is an input of this command")
+
+
+def test_what_stands_beside_an_output_is_not_replaced(
+    workspace: Path, refuses: Refused, built_runtime: object
+) -> None:
+    (workspace / "o.md").write_text("mine")
+    refuses(*CONVERT, *OUT, told="o.md exists; add --force")
+    (workspace / "o-00001-of-00002.gguf").write_text("mine")
+    refuses(*CONVERT, *OUT, "--split-max-size", "90K", told="o-00001-of-00002.gguf exists")
+
+
+def test_folders_made_for_nothing_go_again(refuses: Refused) -> None:
+    refuses("plan", "nothing", "-o", "new/deep/p.json", told="no statistics file nothing")
+
+
+def test_full_disk(
+    workspace: Path, refuses: Refused, monkeypatch: pytest.MonkeyPatch, built_runtime: object
+) -> None:
+    refuses("plan", "s.safetensors", "-o", "/dev/full/p.json", told="cannot write in /dev/full")
+
+    def no_space(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", no_space)
+    refuses("plan", "s.safetensors", "-o", "new/p.json", told="No space left on device")
+    refuses(*CONVERT, *OUT, told="No space left on device")
+    monkeypatch.setattr("mone_edge.quantize.quantize_rows", no_space)
+    refuses(*CONVERT, *OUT, told="No space left on device")
+    usage = shutil.disk_usage(workspace)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    refuses(*CONVERT, *OUT, told="GB free, the result needs")
+
+
+def test_json_mode_says_nothing_on_stdout_when_it_fails(refuses: Refused) -> None:
+    refuses("inspect", "nothing", "--json", told="no model nothing")
+    refuses("plan", "nothing", "--json", told="no statistics file")
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stage", ["collect", "save"])
+def test_an_interrupt_leaves_nothing(
+    stage: str, signal_number: signal.Signals, workspace: Path, built_runtime: object
+) -> None:
+    pause = {
+        "collect": "import mone_edge.collect.torch_model as m; m.collect_loaded = pause",
+        "save": "import safetensors.numpy as m; m.save_file = pause",
+    }[stage]
+    script = f"""
+import sys, time, pathlib
+def pause(*a, **k):
+    pathlib.Path("../ready").touch()
+    time.sleep(60)
+{pause}
+from mone_edge.cli import main
+main()
+"""
+    (workspace.parent / "ready").unlink(missing_ok=True)
+    before = tree(workspace)
+    command = [sys.executable, "-c", script, "stats", "model", "--data", "text.txt", "-o", "n/x y"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ) as child:
+        while not (workspace.parent / "ready").exists() and child.poll() is None:
+            time.sleep(0.02)
+        child.send_signal(signal_number)
+        _, err = child.communicate(timeout=30)
+    assert child.returncode == 130
+    assert [line for line in err.splitlines() if not line.startswith("warning: ")] == [
+        "mone-edge: interrupted; again with: mone-edge stats model --data text.txt -o 'n/x y'"
+    ]
+    assert tree(workspace) == before
