@@ -175,6 +175,7 @@ class ExpertStats:
 
     def save(self, path: Path) -> None:
         """Write one safetensors file, atomically."""
+        from safetensors import SafetensorError
         from safetensors.numpy import save_file
 
         tensors: dict[str, NDArray[np.generic]] = {}
@@ -187,7 +188,12 @@ class ExpertStats:
         # One entry only: safetensors writes several in random order, and the file is hashed.
         header = {FORMAT: json.dumps(document)}
         with atomic_write(path) as temporary:
-            save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, temporary, header)
+            try:
+                save_file(
+                    {k: np.ascontiguousarray(v) for k, v in tensors.items()}, temporary, header
+                )
+            except SafetensorError as error:  # what it makes of a full disk
+                raise OSError(str(error)) from error
 
     @classmethod
     def load(cls, path: Path) -> "ExpertStats":

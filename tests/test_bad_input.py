@@ -79,6 +79,7 @@ def test_missing_argument_and_unknown_option(command: str, refuses: Refused) -> 
         (("stats", "model", "--data", "text.txt", "--device", "cuda:9"), "--device cuda:9"),
         (("stats", "model", "--samples", "0"), "0 is not in the range"),
         (("eval", "model"), "nothing to measure"),
+        (("run", "x.gguf", "-p", "x", "-c", "99999999999"), "99999999999 is not in the range"),
         (("serve", "x.gguf", "--port", "70000"), "70000 is not in the range"),
     ],
 )
@@ -230,6 +231,18 @@ def test_full_disk(
     usage = shutil.disk_usage(workspace)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     refuses(*CONVERT, *OUT, told="GB free, the result needs")
+
+
+def test_full_disk_while_statistics_are_written(
+    refuses: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors import SafetensorError
+
+    def no_space(*_: object) -> None:
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("safetensors.numpy.save_file", no_space)
+    refuses("merge-stats", "s.safetensors", "-o", "new/x", told="No space left on device")
 
 
 def test_json_mode_says_nothing_on_stdout_when_it_fails(refuses: Refused) -> None:
