@@ -146,7 +146,12 @@ def load(
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint folder, from local files only.
+    """The tokenizer of a checkpoint folder, to pack text with."""
+    return TransformersTokenizer(transformers_tokenizer(folder))
+
+
+def transformers_tokenizer(folder: Path) -> Any:
+    """transformers' tokenizer of a checkpoint folder, from local files only.
 
     Raises:
         MoneEdgeError: the folder has none that transformers can read.
@@ -161,7 +166,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         )
     try:
         with quiet():
-            found = AutoTokenizer.from_pretrained(
+            return AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
     except LOAD_ERRORS as error:
@@ -170,7 +175,6 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         if type(error) is not Exception:  # the Rust tokenizer raises nothing more special
             raise
         raise MoneEdgeError(f"{folder}: damaged tokenizer: {reason(error)}") from error
-    return TransformersTokenizer(found)
 
 
 def _default_spec() -> str:

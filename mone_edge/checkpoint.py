@@ -31,7 +31,7 @@ from mone_edge.collect.experts import experts_modules
 from mone_edge.collect.streaming import module_names, on_meta
 from mone_edge.config import EXPERT_COUNT_KEYS
 from mone_edge.errors import MoneEdgeError
-from mone_edge.plan import PrunePlan
+from mone_edge.plan import UNKNOWN_METHOD, PrunePlan
 from mone_edge.safetensors_file import SHARD_BYTES, Entry, write_shards
 from mone_edge.source import (
     EXPERT_KEY,
@@ -273,7 +273,7 @@ def read_plan(source: Checkpoint) -> PrunePlan:
     document = {
         "model": source.name,
         "fingerprint": source.fingerprint,
-        "method": "unknown",
+        "method": UNKNOWN_METHOD,
         "scope": "model",
         "replacement": "mean",
         "prune_ratio": removed / max(1, total * len(layers)),

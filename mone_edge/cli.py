@@ -91,7 +91,7 @@ def run(arguments: list[str]) -> int:
         _complain(error.format_message())
         return 1
     except (KeyboardInterrupt, click.Abort) as error:
-        goes_on = isinstance(error.__cause__ or error, Resumable)
+        goes_on = isinstance(error, Resumable)
         again = [*arguments, "--resume"] if goes_on and "--resume" not in arguments else arguments
         verb = "go on" if goes_on else "again"
         _complain(f"interrupted; {verb} with: {_program()} {shlex.join(again)}")

@@ -210,14 +210,14 @@ class TorchModel:
         """
         import torch
 
-        from mone_edge.calibration import load_tokenizer
+        from mone_edge.calibration import transformers_tokenizer
         from mone_edge.collect.loading import load_model
         from mone_edge.source import open_folder
 
         if threads:
             torch.set_num_threads(threads)
         checked = open_folder(folder).path
-        tokenizer = load_tokenizer(checked)
+        tokenizer = transformers_tokenizer(checked)
         return cls(load_model(checked, device="cpu", dtype="float32"), tokenizer)
 
     @property

@@ -119,8 +119,6 @@ class GgufSource(Source):
             raise UsageError(
                 "--sequential is for checkpoints; llama.cpp maps a GGUF and reads what it needs"
             )
-        if device not in ("auto", "cpu"):
-            raise UsageError(f"--device {device}: a GGUF is calibrated by llama.cpp on the CPU")
         return collect(
             self.path,
             batches,
@@ -129,6 +127,10 @@ class GgufSource(Source):
             threads=threads,
             on_progress=progress,
         )
+
+    def require_device(self, device: str) -> None:
+        if device not in ("auto", "cpu"):
+            raise UsageError(f"--device {device}: a GGUF is calibrated by llama.cpp on the CPU")
 
 
 def open_source(name: str, path: Path) -> GgufSource:

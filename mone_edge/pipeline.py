@@ -48,6 +48,7 @@ def calibrate(
 
     if source.is_pruned:
         raise MoneEdgeError(f"{source.name} is pruned already: measure the model it was made from")
+    source.require_device(device)
     batches = text.load(
         calibration.data,
         source.tokenizer(),

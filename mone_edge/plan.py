@@ -27,6 +27,7 @@ from mone_edge.stats import ExpertStats, Float
 
 FORMAT = "mone-edge-plan"
 VERSION = 1
+UNKNOWN_METHOD = "unknown"  # of a model that somebody else pruned
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class PrunePlan:
             isinstance(text, str) for text in texts
         ):
             raise MoneEdgeError(f"{path}: a number or a name in it has the wrong type")
-        if self.method not in CRITERIA or not 0 <= self.prune_ratio < 1:
+        if self.method not in (*CRITERIA, UNKNOWN_METHOD) or not 0 <= self.prune_ratio < 1:
             raise MoneEdgeError(
                 f"{path}: method {self.method!r} with ratio {self.prune_ratio} is not known"
             )

@@ -151,6 +151,14 @@ class Source(ABC):
         """The fingerprint of the model that plans and statistics are of."""
         return self.fingerprint
 
+    @abstractmethod
+    def require_device(self, device: str) -> None:
+        """Refuse a torch device (or "auto") that the model cannot be measured on.
+
+        Raises:
+            UsageError: there is none, or it is not for this format.
+        """
+
     def fits(self, device: str = "auto") -> bool:
         """Whether the whole model has room in the memory that it is measured in."""
         return True
@@ -295,6 +303,11 @@ class Checkpoint(Source):
             work=work,
             progress=progress,
         )
+
+    def require_device(self, device: str) -> None:
+        from mone_edge.collect.loading import choose_device
+
+        choose_device(device)
 
     def fits(self, device: str = "auto") -> bool:
         from mone_edge.collect import loading

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mone_edge.errors import MoneEdgeError
-from mone_edge.paths import atomic_write
+from mone_edge.errors import MoneEdgeError, Resumable
+from mone_edge.paths import atomic_write, parent_folder
 from mone_edge.stats import Provenance
 
 FORMAT = "mone-edge-work"
@@ -80,6 +80,24 @@ class WorkFolder:
         document = {"format": FORMAT, "key": dict(self.key), "state": state}
         with atomic_write(self.path / STATE) as temporary:
             temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def unfinished(work: Work) -> Iterator[None]:
+    """Around a run and the saving of its result: what fails leaves only what can go on.
+
+    Raises:
+        Resumable: it was interrupted, and there is something to go on with.
+    """
+    with parent_folder(work.path):
+        try:
+            yield
+        except BaseException as error:
+            if not work.started:
+                discard(work.path)
+            elif isinstance(error, KeyboardInterrupt):
+                raise Resumable from error
+            raise
 
 
 @contextmanager

@@ -294,7 +294,7 @@ def _measure(
     """Measure and save; an interrupted run goes on when the same command runs again."""
     from mone_edge import pipeline
     from mone_edge.collect.distributed import world
-    from mone_edge.collect.work import Work, discard, work_path
+    from mone_edge.collect.work import Work, discard, unfinished, work_path
 
     if world().size > 1:
         raise UsageError(
@@ -304,20 +304,21 @@ def _measure(
     sequential = not source.fits(device)
     if sequential:
         console.info("the model is larger than the memory: calibrating one layer at a time")
-    with console.progress("calibrating", "seq") as progress:
-        stats = pipeline.calibrate(
-            source,
-            recipe.calibration,
-            device=device,
-            threads=threads,
-            offline=offline,
-            sequential=sequential,
-            work=work,
-            progress=progress,
-            warn=console.warn,
-        )
-    assert stats is not None
-    stats.save(outfile)
+    with unfinished(work):
+        with console.progress("calibrating", "seq") as progress:
+            stats = pipeline.calibrate(
+                source,
+                recipe.calibration,
+                device=device,
+                threads=threads,
+                offline=offline,
+                sequential=sequential,
+                work=work,
+                progress=progress,
+                warn=console.warn,
+            )
+        assert stats is not None
+        stats.save(outfile)
     discard(work.path)
     return stats
 

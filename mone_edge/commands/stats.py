@@ -6,7 +6,6 @@ import click
 
 from mone_edge.commands.options import calibration_options
 from mone_edge.console import Console, common_options, force_option, offline_option
-from mone_edge.errors import Resumable
 
 
 @click.command("stats")
@@ -51,7 +50,7 @@ def command(
     mone-edge stats model-Q4_K_M.gguf
     """
     from mone_edge import pipeline
-    from mone_edge.collect.work import Work, discard, work_path
+    from mone_edge.collect.work import Work, discard, unfinished, work_path
     from mone_edge.paths import expand, require_writable
     from mone_edge.recipe import Calibration
     from mone_edge.source import resolve
@@ -61,7 +60,7 @@ def command(
     work = Work(work_path(outfile), resume=resume, restart=force)
     if resume and not work.started:
         console.info(f"{work.path} holds no unfinished work: starting at the beginning")
-    try:
+    with unfinished(work):
         with console.progress("calibrating", "seq") as progress:
             stats = pipeline.calibrate(
                 source,
@@ -74,13 +73,9 @@ def command(
                 progress=progress,
                 warn=console.warn,
             )
-    except KeyboardInterrupt as error:
-        if work.started:
-            raise Resumable from error
-        raise
-    if stats is None:  # the first process of the torchrun has them
-        return
-    stats.save(outfile)
+        if stats is None:  # the first process of the torchrun has them
+            return
+        stats.save(outfile)
     discard(work.path)
     document = {
         "outfile": str(outfile),
