@@ -228,6 +228,7 @@ def make_package(folder: Path, content: bytes) -> Path:
 def test_unpatched_package_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = make_package(tmp_path, b"llama_model_n_layer\0")
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "llama_cpp", raising=False)
     assert install.installed_key() is None
     with pytest.raises(RuntimeMissing, match=r"not a patched .*mone-edge runtime build"):
         runtime.load()
