@@ -33,12 +33,11 @@ from mone_edge.config import EXPERT_COUNT_KEYS
 from mone_edge.errors import MoneEdgeError
 from mone_edge.plan import UNKNOWN_METHOD, PrunePlan
 from mone_edge.safetensors_file import SHARD_BYTES, Entry, write_shards
+from mone_edge.safetensors_header import TensorRef, item_bytes
 from mone_edge.source import (
     EXPERT_KEY,
     PRUNED_METHOD,
     Checkpoint,
-    TensorRef,
-    item_bytes,
 )
 from mone_edge.stats import ExpertStats, LayerStats, Provenance, empty_layer
 

@@ -21,12 +21,14 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mone_edge import __version__, card, prune, quantize
+from mone_edge import imatrix as imatrices
 from mone_edge.conversion import UNQUANTISED, packages
 from mone_edge.errors import MoneEdgeError
+from mone_edge.imatrix import Imatrix
 from mone_edge.model_file import LazyTensor, ModelFile
 from mone_edge.paths import existing_folder, expand, parent_folder
 from mone_edge.plan import PrunePlan
-from mone_edge.quantize import KEEP, Imatrix
+from mone_edge.quantize import KEEP
 from mone_edge.recipe import Recipe
 from mone_edge.source import Source
 from mone_edge.stats import ExpertStats
@@ -120,11 +122,11 @@ def _require_other_files(source: Source, outfiles: dict[str, Path]) -> None:
 
 def _imatrix(model: ModelFile, recipe: Recipe, stats: ExpertStats | None) -> dict[str, Any] | None:
     if recipe.imatrix == "auto":
-        return quantize.imatrix_from_stats(model, stats) if stats else None
+        return imatrices.imatrix_from_stats(model, stats) if stats else None
     if recipe.imatrix == "none":
         return None
-    imatrix = quantize.read_imatrix(expand(recipe.imatrix))
-    quantize.require_fit(imatrix, model, recipe.imatrix)
+    imatrix = imatrices.read_imatrix(expand(recipe.imatrix))
+    imatrices.require_fit(imatrix, model, recipe.imatrix)
     return imatrix
 
 

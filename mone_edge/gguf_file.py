@@ -18,7 +18,8 @@ import numpy as np
 from mone_edge.errors import MoneEdgeError, UsageError
 from mone_edge.gguf_header import Entry, Header, read_header
 from mone_edge.model_file import Chunk, LazyTensor, ModelFile
-from mone_edge.source import Progress, Source, TensorRef, is_gguf
+from mone_edge.safetensors_header import TensorRef
+from mone_edge.source import Progress, Source, is_gguf
 
 if TYPE_CHECKING:
     from mone_edge.calibration import Batches, Tokenizer

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mone_edge.errors import MoneEdgeError
-from mone_edge.source import TensorRef
+from mone_edge.safetensors_header import TensorRef
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)

@@ -12,7 +12,7 @@ import re
 import struct
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mone_edge import gguf_reader, probe, runtime
+from mone_edge import probe, runtime
 from mone_edge.conversion import UNQUANTISED, packages
 from mone_edge.errors import MoneEdgeError, UsageError
+from mone_edge.imatrix import Imatrix, write_imatrix
 from mone_edge.model_file import Array, LazyTensor, ModelFile
-from mone_edge.paths import is_file
-from mone_edge.source import is_gguf
-from mone_edge.stats import ExpertStats
-
-Imatrix = Mapping[str, Array]  # GGUF tensor name -> [columns] or [experts, columns] mean x^2
 
 KEEP = "keep"  # every tensor in the type it has, for sources that have types
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "F32": "F32"}
@@ -41,7 +37,6 @@ OVERRIDE_FAULT = re.compile(
 )
 F16_MAX = 65504.0
 ROW_BYTES = 1 << 20  # of float input that a thread quantises at a time
-IMATRIX_ALIGN = 512  # tokens a chunk, as llama-imatrix records it
 
 
 def file_types() -> list[str]:
@@ -342,97 +337,3 @@ def _matrices(
         yield values.reshape(-1, columns), importance[index]
     else:
         yield from zip(values, importance, strict=True)
-
-
-def imatrix_from_stats(model: ModelFile, stats: ExpertStats) -> dict[str, Array]:
-    """The importance matrix that calibration measured: mean squared input of every weight column.
-
-    An expert that no token reached weighs all columns alike, as in llama-quantize.
-    """
-    found: dict[str, Array] = {}
-    for module, linear in stats.linears.items():
-        name = model.module_tensor(module)
-        if name in model.tensors and model.tensors[name].shape[-1] == len(linear.input_sq_sum):
-            found[name] = _mean(linear.input_sq_sum, np.array(linear.count))
-    for layer, measured in stats.layers.items():
-        inputs = _mean(measured.input_sq_sum, measured.count[:, None])
-        inner = _mean(measured.inner_sq_sum, measured.count[:, None])
-        found |= {
-            f"blk.{layer}.ffn_{part}_exps.weight": inputs for part in ("gate", "up", "gate_up")
-        }
-        found[f"blk.{layer}.ffn_down_exps.weight"] = inner
-    return {name: values for name, values in found.items() if name in model.tensors}
-
-
-def _mean(total: NDArray[np.float64], count: NDArray[np.int64]) -> Array:
-    ones = np.ones_like(total)
-    return np.divide(total, count, out=ones, where=count > 0).astype(np.float32)
-
-
-def write_imatrix(imatrix: Imatrix, path: Path) -> None:
-    """Write llama.cpp's importance-matrix file (GGUF)."""
-    gguf, _ = packages()
-    writer = gguf.GGUFWriter(path, "")
-    writer.add_type("imatrix")
-    writer.add_array("imatrix.datasets", ["mone-edge statistics"])
-    writer.add_uint32("imatrix.chunk_count", 1)
-    writer.add_uint32("imatrix.chunk_size", IMATRIX_ALIGN)
-    for name, values in sorted(imatrix.items()):
-        rows = np.atleast_2d(values)
-        writer.add_tensor(f"{name}.in_sum2", np.ascontiguousarray(rows))
-        writer.add_tensor(f"{name}.counts", np.ones((len(rows), 1), dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def read_imatrix(path: Path) -> dict[str, Array]:
-    """Read llama.cpp's importance-matrix file (GGUF): mean squared inputs by tensor name.
-
-    Raises:
-        MoneEdgeError: the file is missing, damaged or of the old `.dat` form.
-    """
-    if not is_gguf(path):
-        what = "is not in GGUF form" if is_file(path) else "is not a file"
-        raise MoneEdgeError(
-            f"--imatrix {path} {what}; an old .dat file becomes one with: "
-            f"llama-imatrix --in-file {path} -o imatrix.gguf"
-        )
-    reader, _ = gguf_reader.read(path)
-    tensors = {tensor.name: tensor.data for tensor in reader.tensors}
-    found: dict[str, Array] = {}
-    for name, total in tensors.items():
-        if (
-            name.endswith(".in_sum2")
-            and (stem := name.removesuffix(".in_sum2")) + ".counts" in tensors
-        ):
-            counts = tensors[f"{stem}.counts"].reshape(-1)
-            if total.dtype != np.float32 or counts.dtype != np.float32 or total.size % counts.size:
-                raise MoneEdgeError(f"{path} is damaged: {name} does not fit its counts")
-            if not (np.isfinite(total).all() and np.isfinite(counts).all()):
-                raise MoneEdgeError(f"{path} is damaged: {name} is not finite")
-            rows = total.reshape(len(counts), -1).astype(np.float64)
-            mean = _mean(rows, counts[:, None].astype(np.int64))
-            found[stem] = mean if len(counts) > 1 else mean[0]
-    if not found:
-        raise MoneEdgeError(f"{path} holds no importance matrix (no tensors ending in .in_sum2)")
-    return found
-
-
-def require_fit(imatrix: Imatrix, model: ModelFile, name: str) -> None:
-    """Refuse another model's importance matrix: ggml would read beyond its end.
-
-    Raises:
-        MoneEdgeError: a row has not the columns of its tensor, or no tensor is in it.
-    """
-    shared = imatrix.keys() & model.tensors.keys()
-    for tensor in sorted(shared):
-        wanted, got = model.tensors[tensor].shape, imatrix[tensor].shape
-        if got not in (wanted[-1:], (wanted[0], wanted[-1])):
-            raise MoneEdgeError(
-                f"--imatrix {name} is of another model: {tensor} is "
-                f"{' x '.join(map(str, wanted))} here, its row there {' x '.join(map(str, got))}"
-            )
-    if not shared:
-        raise MoneEdgeError(f"--imatrix {name} is of another model: it has no tensor of this one")

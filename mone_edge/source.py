@@ -5,7 +5,6 @@ fingerprint of the weights, and the ways to open it and to measure it. Loads no 
 """
 
 import hashlib
-import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -22,9 +21,9 @@ from mone_edge.config import (
     count,
     read_config,
 )
-from mone_edge.documents import parse_json, reason
 from mone_edge.errors import MoneEdgeError
 from mone_edge.paths import exists, expand, is_file
+from mone_edge.safetensors_header import TensorRef, read_header, shards
 
 if TYPE_CHECKING:
     from mone_edge.calibration import Batches, Tokenizer
@@ -39,28 +38,6 @@ FINGERPRINT_BYTES = 64  # of each tensor: enough to tell two trainings of one sh
 # The name of a tensor of one expert: everything before its number, the number, the rest.
 EXPERT_KEY = re.compile(r"(?P<prefix>.*\bexperts\.(?:[a-z_]\w*\.)*)(?P<id>\d+)\.(?P<part>.+)")
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(@[\w./-]+)?$")
-HUB_FILES = ("*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja", "*.txt", "README.md")
-MAX_HEADER_BYTES = 100_000_000  # what safetensors itself accepts
-ITEM_BITS = {
-    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
-    **dict.fromkeys(("F32", "I32", "U32"), 32),
-    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
-    **dict.fromkeys(("BOOL", "I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
-    **dict.fromkeys(("F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
-    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
-    "F4": 4,
-}  # safetensors' types
-
-
-@dataclass(frozen=True)
-class TensorRef:
-    """Where a tensor lies."""
-
-    file: Path
-    dtype: str  # safetensors' or ggml's name, as "BF16"
-    shape: tuple[int, ...]  # NumPy's order
-    offset: int  # bytes from the start of the file
-    size: int  # bytes
 
 
 @dataclass(frozen=True)
@@ -260,8 +237,8 @@ class Checkpoint(Source):
             MoneEdgeError: a shard is missing, truncated or not a safetensors file.
         """
         found: dict[str, TensorRef] = {}
-        for file in _shards(self.path):
-            found |= _read_header(file)
+        for file in shards(self.path):
+            found |= read_header(file)
         return dict(sorted(found.items()))
 
     @property
@@ -313,12 +290,6 @@ class Checkpoint(Source):
         from mone_edge.collect import loading
 
         return loading.fits(self.path, loading.choose_device(device))
-
-
-def item_bytes(dtype: str) -> int:
-    """Bytes of one value, from safetensors' name of the type ("BF16", "F8_E4M3")."""
-    digits = "".join(c for c in dtype.partition("_")[0] if c.isdigit())
-    return max(1, int(digits or 8) // 8)
 
 
 def is_gguf(path: Path) -> bool:
@@ -389,111 +360,9 @@ def _locate(model: str, *, offline: bool) -> Path:
 
         return demo.model_dir(offline=offline)
     if HUB_ID.match(model) and path.suffix != ".gguf":
-        return _download(model, offline=offline)
+        from mone_edge.hub import download
+
+        return download(model, offline=offline)
     raise MoneEdgeError(
         f"no model {model}: not a file or folder here, not a hub id (org/name), not the word demo"
     )
-
-
-def _download(model: str, *, offline: bool) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    repo, _, revision = model.partition("@")
-    try:
-        folder = snapshot_download(
-            repo,
-            revision=revision or None,
-            allow_patterns=list(HUB_FILES),
-            local_files_only=offline,
-        )
-    except GatedRepoError as error:
-        raise MoneEdgeError(
-            f"{repo} is gated: accept its terms on its hub page, then: hf auth login"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise MoneEdgeError(f"{repo} has no revision {revision}") from error
-    except RepositoryNotFoundError as error:
-        raise MoneEdgeError(
-            f"the hub has no model {repo} (or it is private: hf auth login)"
-        ) from error
-    except LocalEntryNotFoundError as error:
-        why = "--offline was given" if offline else "the hub cannot be reached"
-        raise MoneEdgeError(
-            f"{model} is neither a folder here nor in the hub cache, and {why}"
-        ) from error
-    except (HfHubHTTPError, OSError) as error:
-        raise MoneEdgeError(f"cannot fetch {model} from the hub: {reason(error)}") from error
-    return Path(folder)
-
-
-def _shards(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if is_file(index):
-        try:
-            names = sorted(set(parse_json(index.read_bytes())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
-            raise MoneEdgeError(f"{index} is damaged: {reason(error)}") from error
-        if any(not isinstance(name, str) or Path(name).name != name for name in names):
-            raise MoneEdgeError(f"{index} names files outside its folder")
-        missing = [name for name in names if not is_file(folder / name)]
-        if missing:
-            raise MoneEdgeError(
-                f"{folder} lacks {len(missing)} of {len(names)} shards, first {missing[0]}; "
-                "fetch the model again"
-            )
-        return [folder / name for name in names]
-    shards = sorted(folder.glob("model*.safetensors"))
-    if shards:
-        return shards
-    if pickles := sorted(folder.glob("*.bin")):
-        raise MoneEdgeError(
-            f"{folder} holds {pickles[0].name} but no safetensors; pickle files can run code and "
-            "are never opened: convert the checkpoint to safetensors first "
-            "(save_pretrained on a machine you trust with it)"
-        )
-    raise MoneEdgeError(f"{folder} holds no model*.safetensors")
-
-
-def _read_header(file: Path) -> dict[str, TensorRef]:
-    """The tensors of one shard, with the file's length checked against its header."""
-    try:
-        total = file.stat().st_size
-        with file.open("rb") as handle:
-            length = int.from_bytes(handle.read(8), "little")
-            if total < 8 or length > min(total - 8, MAX_HEADER_BYTES):
-                raise MoneEdgeError(f"{file} is truncated or not safetensors: {total} bytes")
-            header = parse_json(handle.read(length))
-        header.pop("__metadata__", None)
-        refs = {name: _reference(file, 8 + length, entry) for name, entry in header.items()}
-    except OSError as error:
-        raise MoneEdgeError(f"cannot read {file}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise MoneEdgeError(
-            f"{file} has a damaged header: {reason(error)}; fetch it again"
-        ) from error
-    end = max((ref.offset + ref.size for ref in refs.values()), default=0)
-    if end > total:
-        raise MoneEdgeError(
-            f"{file} is truncated: its header promises {end} bytes, it has {total}; fetch it again"
-        )
-    return refs
-
-
-def _reference(file: Path, data_start: int, entry: Any) -> TensorRef:
-    """One entry of a header; ValueError and the like where it contradicts itself."""
-    dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-    numbers = (*shape, begin, end)
-    if any(type(number) is not int or number < 0 for number in numbers) or begin > end:
-        raise ValueError(f"shape {shape}, offsets {begin} to {end}")
-    if dtype not in ITEM_BITS:
-        raise ValueError(f"unknown type {dtype}")
-    if end - begin != math.prod(shape) * ITEM_BITS[dtype] // 8:
-        raise ValueError(f"{end - begin} bytes for {dtype} {shape}")
-    return TensorRef(file, dtype, tuple(shape), data_start + begin, end - begin)

@@ -316,7 +316,7 @@ def test_importance_matrix_of_another_model(
 ) -> None:
     import numpy as np
 
-    from mone_edge.quantize import write_imatrix
+    from mone_edge.imatrix import write_imatrix
 
     name = "blk.0.ffn_down_exps.weight"
     write_imatrix({name: np.ones((8, 7), np.float32)}, workspace / "i.gguf")

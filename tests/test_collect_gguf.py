@@ -10,7 +10,8 @@ import gguf
 import numpy as np
 import pytest
 
-from mone_edge import calibration, pipeline, quantize
+from mone_edge import calibration, pipeline
+from mone_edge import imatrix as imatrices
 from mone_edge.calibration import Batches
 from mone_edge.cli import run
 from mone_edge.collect import torch_model
@@ -72,11 +73,11 @@ def test_importance_matrix_is_torchs(
 ) -> None:
     """Also that of the head, whose input is read without computing it."""
     model = calibrated(model_type)
-    ours = quantize.imatrix_from_stats(
+    ours = imatrices.imatrix_from_stats(
         resolve(str(floats(model_type))).open(),
         collect(floats(model_type), batches(model.tokens), threads=1),
     )
-    theirs = quantize.imatrix_from_stats(
+    theirs = imatrices.imatrix_from_stats(
         model.source.open(tokenizer_pre="gpt-2"), model.stats
     )  # fmt: skip
     assert ours.keys() == theirs.keys()

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from gguf import GGUFReader
 
-from mone_edge import convert, novices, quantize, runtime
+from mone_edge import convert, novices, runtime
+from mone_edge import imatrix as imatrices
 from mone_edge.errors import MoneEdgeError
 from mone_edge.plan import make_plan
 from mone_edge.recipe import Recipe
@@ -112,9 +113,9 @@ def test_our_importance_matrix_quantises_as_llama_quantize_does_with_it(
     model = calibrated("qwen2_moe")
     floats = llama_cpp_convert(model.source, tmp_path / "f.gguf", "f32")
     whole = model.source.open(tokenizer_pre="gpt-2")
-    imatrix = quantize.imatrix_from_stats(whole, model.stats)
+    imatrix = imatrices.imatrix_from_stats(whole, model.stats)
     file = tmp_path / "imatrix.gguf"
-    quantize.write_imatrix(imatrix, file)
+    imatrices.write_imatrix(imatrix, file)
     theirs = llama_quantize(floats, tmp_path / "t.gguf", "Q4_0", "--imatrix", str(file))
     ours = run(model.source, tmp_path / "ours.gguf", "Q4_0", stats=model.stats)
     again = run(model.source, tmp_path / "again.gguf", "Q4_0", imatrix=str(file))

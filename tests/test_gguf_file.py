@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mone_edge import convert, pipeline, quantize
+from mone_edge import imatrix as imatrices
 from mone_edge.calibration import Batches
 from mone_edge.cli import run
 from mone_edge.errors import MoneEdgeError, UsageError
@@ -313,7 +314,7 @@ def test_imatrix_of_the_statistics_guides_requantising(
     batches = Batches(tokens, ("random",), "", 0, *tokens.shape, tokens.size)
     stats = source.collect(batches)
     imatrix = tmp_path / "imatrix.gguf"
-    quantize.write_imatrix(quantize.imatrix_from_stats(source.open(), stats), imatrix)
+    imatrices.write_imatrix(imatrices.imatrix_from_stats(source.open(), stats), imatrix)
     options = ["--allow-requantize", "--imatrix", str(imatrix)]
     theirs = llama_quantize(source.path, tmp_path / "t.gguf", "Q4_0", *options)
     recipe = Recipe(source.name, imatrix="auto")

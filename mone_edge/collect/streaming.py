@@ -18,7 +18,8 @@ from torch import nn
 from mone_edge.collect.experts import experts_modules, model_type
 from mone_edge.documents import reason
 from mone_edge.errors import MoneEdgeError
-from mone_edge.source import Checkpoint, item_bytes
+from mone_edge.safetensors_header import item_bytes
+from mone_edge.source import Checkpoint
 from mone_edge.transformers_quiet import LOAD_ERRORS, quiet
 
 OUTSIDE = ""  # the part of the model that is no layer: embeddings, norm, output head

@@ -20,7 +20,7 @@ import click
 from mone_edge.console import human_bytes, table
 
 RATIOS = (0.0, 0.25, 0.5)
-OUTTYPE = "Q4_0"
+OUTTYPE = "Q8_0"
 CALIBRATION = ("--samples", "48", "--seq-len", "512")
 EVALUATION = ("--chunks", "16")
 BENCHMARK = ("-p", "512", "-n", "64", "-r", "3")
@@ -71,7 +71,7 @@ def main(folder: Path) -> None:
 
     started = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
-    click.echo("The demo model: SmolLM2-135M-Instruct as a Mixture of Experts (see docs/demo.md)")
+    click.echo("SmolLM2-135M-Instruct as a Mixture of Experts (mone_edge/demo/README.md)")
     _mone_edge("inspect", "demo", show=True)
     files = [folder / f"demo-MoNE{ratio:g}-{OUTTYPE}.gguf" for ratio in RATIOS]
     for ratio, file in zip(RATIOS, files, strict=True):

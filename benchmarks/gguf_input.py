@@ -1,4 +1,4 @@
-"""The numbers of docs/conversion.md about GGUF input: `python -m tests.measure_gguf drift|speed`.
+"""The numbers of docs/conversion.md: `python -m benchmarks.gguf_input drift|speed`.
 
 `drift`: statistics of the demo model from its GGUFs, against torch's of the checkpoint. `speed`:
 CPU time of measuring against that of reading the same tokens, one thread, and the rate of slicing,

@@ -1,0 +1,54 @@
+"""A model of the Hugging Face hub, fetched into its cache.
+
+In: `org/name[@revision]`. Out: a folder. Knows nothing about what is in it.
+"""
+
+from pathlib import Path
+
+from mone_edge.documents import reason
+from mone_edge.errors import MoneEdgeError
+
+HUB_FILES = ("*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja", "*.txt", "README.md")
+
+
+def download(model: str, *, offline: bool) -> Path:
+    """The model's folder: config, tokenizer and safetensors only.
+
+    Raises:
+        MoneEdgeError: there is no such model or revision, it is gated, or cannot be reached.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    repo, _, revision = model.partition("@")
+    try:
+        folder = snapshot_download(
+            repo,
+            revision=revision or None,
+            allow_patterns=list(HUB_FILES),
+            local_files_only=offline,
+        )
+    except GatedRepoError as error:
+        raise MoneEdgeError(
+            f"{repo} is gated: accept its terms on its hub page, then: hf auth login"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise MoneEdgeError(f"{repo} has no revision {revision}") from error
+    except RepositoryNotFoundError as error:
+        raise MoneEdgeError(
+            f"the hub has no model {repo} (or it is private: hf auth login)"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        why = "--offline was given" if offline else "the hub cannot be reached"
+        raise MoneEdgeError(
+            f"{model} is neither a folder here nor in the hub cache, and {why}"
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise MoneEdgeError(f"cannot fetch {model} from the hub: {reason(error)}") from error
+    return Path(folder)
