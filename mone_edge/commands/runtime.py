@@ -1,6 +1,8 @@
 """`mone-edge runtime`: build the patched llama.cpp, or tell what is built."""
 
 import dataclasses
+import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -9,6 +11,8 @@ from mone_edge.console import Console, common_options, force_option, offline_opt
 
 if TYPE_CHECKING:
     from mone_edge.runtime import RuntimeInfo
+
+SECONDS_BETWEEN_STEPS = 15
 
 
 @click.group("runtime")
@@ -40,7 +44,7 @@ def build(
         target=target,
         force=force,
         offline=offline,
-        progress=console.info,
+        progress=_sparsely(console.info),
     )
     _tell(console, done)
 
@@ -52,6 +56,20 @@ def info(console: Console) -> None:
     from mone_edge import runtime
 
     _tell(console, runtime.info())
+
+
+def _sparsely(say: Callable[[str], None]) -> Callable[[str], None]:
+    """Say what is new at once, and the next step of the same only after a while."""
+    last, said = "", 0.0
+
+    def progress(message: str) -> None:
+        nonlocal last, said
+        what, now = message.rstrip("0123456789/% "), time.monotonic()
+        if what != last or now - said >= SECONDS_BETWEEN_STEPS:
+            last, said = what, now
+            say(message)
+
+    return progress
 
 
 def _tell(console: Console, found: "RuntimeInfo") -> None:
