@@ -73,7 +73,7 @@ def main() -> NoReturn:
 
 
 def run(arguments: list[str]) -> int:
-    """The exit code of one command line: 0 done, 1 failed, 2 usage, 3 check failed, 130 stopped."""
+    """The exit code of one command line: 0 done, 1 failed, 2 usage, 130 stopped."""
     try:
         with cli.make_context("mone-edge", list(arguments)) as context:
             code = cli.invoke(context)

@@ -13,12 +13,6 @@ class UsageError(MoneEdgeError):
     exit_code = 2
 
 
-class CheckFailed(MoneEdgeError):
-    """The artefact was made, but a check that was asked for failed."""
-
-    exit_code = 3
-
-
 class RuntimeMissing(MoneEdgeError):
     """The patched llama.cpp is not built, or another llama-cpp-python stands in its place."""
 

@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-from mone_edge import __version__, convert, quantize
+from mone_edge import __version__, convert, demo, quantize
 from mone_edge.collect.work import Work
 from mone_edge.errors import MoneEdgeError
 from mone_edge.model_file import ModelFile
@@ -81,9 +81,9 @@ def calibrate(
 def cached_stats(source: Source, calibration: Calibration) -> Path:
     """Where the statistics of this model on this text are kept."""
     digest = hashlib.sha256(f"{__version__} {source.fingerprint} {calibration}".encode())
-    for spec in calibration.data:
-        if Path(spec).is_file():
-            digest.update(file_sha256(Path(spec)).encode())
+    for spec in map(Path, calibration.data or (str(demo.calibration_text()),)):
+        if spec.is_file():
+            digest.update(file_sha256(spec).encode())
     return cache_dir() / "stats" / f"{source.label}-{digest.hexdigest()[:16]}.safetensors"
 
 

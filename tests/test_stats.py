@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from mone_edge import cli
 from mone_edge.errors import MoneEdgeError
 from mone_edge.stats import (
     ARRAYS,
@@ -244,3 +245,16 @@ def test_inconsistent_tensors_get_one_line(
     document = {"version": 1, "provenance": dataclasses.asdict(stats.provenance)}
     save_file(tensors, path, {FORMAT: json.dumps(document)})
     refused(path)
+
+
+def test_merging_the_same_text_twice_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_stats().save(tmp_path / "a")
+    merged = str(tmp_path / "m")
+    assert cli.run(["merge-stats", str(tmp_path / "a"), str(tmp_path / "a"), "-o", merged]) == 0
+    assert "1 of the parts read the same text" in capsys.readouterr().err
+    make_stats(seed=2).save(tmp_path / "b")
+    again = ["merge-stats", str(tmp_path / "a"), str(tmp_path / "b"), "-o", merged, "--force"]
+    assert cli.run(again) == 0
+    assert "same text" not in capsys.readouterr().err

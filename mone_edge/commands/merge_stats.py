@@ -23,6 +23,8 @@ def command(console: Console, files: tuple[Path, ...], outfile: Path, force: boo
 
     require_writable(outfile, force=force, inputs=files)
     merged = merge_all(ExpertStats.load(file) for file in files)
+    if again := merged.repeated_data():
+        console.warn(f"{again} of the parts read the same text as another: it counts twice")
     merged.save(outfile)
     document = {"outfile": str(outfile), "tokens": merged.tokens, "parts": len(files)}
     console.result(document, f"{outfile}: {merged.tokens} tokens from {len(files)} files")
