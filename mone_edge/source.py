@@ -247,17 +247,10 @@ class Checkpoint(Source):
         return tuple(sorted(path for path in self.path.iterdir() if path.is_file()))
 
     def open(self, *, dtype: str = "F32", tokenizer_pre: str = "") -> "ModelFile":
-        """See `conversion.open_checkpoint`; the same again gives the same `ModelFile`."""
+        """See `conversion.open_checkpoint`."""
         from mone_edge.conversion import open_checkpoint
 
-        opened, key = self._opened, (dtype, tokenizer_pre)
-        if key not in opened:
-            opened[key] = open_checkpoint(self, dtype=dtype, tokenizer_pre=tokenizer_pre)
-        return opened[key]
-
-    @cached_property
-    def _opened(self) -> "dict[tuple[str, str], ModelFile]":
-        return {}
+        return open_checkpoint(self, dtype=dtype, tokenizer_pre=tokenizer_pre)
 
     def tokenizer(self) -> "Tokenizer":
         """See `calibration.load_tokenizer`."""
