@@ -4,9 +4,10 @@ In: a `Source`, a `PrunePlan`, the statistics its novices come from. Out: a fold
 by keys: no model is in memory, a pruned expert is never read, and what is kept is kept byte for
 byte, under the name it had. Importing this module also makes `from_pretrained` load the result.
 
-"mean" and "zero": keys of pruned experts are left out, the others keep their expert's id, routers
-are untouched; a pruned expert leaves `<expert>.approx_value`, its novice [D] in float32, and
-config.json names the pruned ids (`approximate_experts`) and the plan (`quantization_config`).
+"mean", "gate2-mean", "zero": keys of pruned experts are left out, the others keep their expert's
+id, routers are untouched; a pruned expert leaves `<expert>.approx_value`, its novice [D] in
+float32, and config.json names the pruned ids (`approximate_experts`) and the plan
+(`quantization_config`).
 "drop": keys of kept experts are numbered 0 to K-1, routers are cut to K rows, config.json says K:
 an ordinary checkpoint, which needs nothing of ours.
 """
@@ -32,6 +33,7 @@ from mone_edge.collect.streaming import module_names, on_meta
 from mone_edge.config import EXPERT_COUNT_KEYS
 from mone_edge.errors import MoneEdgeError
 from mone_edge.plan import UNKNOWN_METHOD, PrunePlan
+from mone_edge.recipe import MEASURED
 from mone_edge.safetensors_file import SHARD_BYTES, Entry, write_shards
 from mone_edge.safetensors_header import TensorRef, item_bytes
 from mone_edge.source import (
@@ -84,7 +86,7 @@ def prune_checkpoint(
     """Write the pruned checkpoint, whole or not at all.
 
     Args:
-        stats: needed where the replacement is "mean".
+        stats: needed where novices come from them (`recipe.MEASURED`).
         folder: must not exist, unless `force`; then a checkpoint folder is replaced.
 
     Raises:
@@ -100,7 +102,7 @@ def prune_checkpoint(
             f"the plan is of {plan.model} ({plan.fingerprint[:12]}), "
             f"not of {source.name} ({source.fingerprint[:12]})"
         )
-    if plan.replacement == "mean" and stats is None:
+    if plan.replacement in MEASURED and stats is None:
         raise MoneEdgeError("novices come from statistics: give them with --stats")
     entries = _entries(source, plan, stats)
     config = _config(source, plan)
@@ -285,7 +287,7 @@ def read_plan(source: Checkpoint) -> PrunePlan:
 
 
 def read_novices(source: Checkpoint, plan: PrunePlan) -> ExpertStats:
-    """The novices of a pruned checkpoint, as statistics that hold their means and nothing else.
+    """The novices of a pruned checkpoint, as statistics: its vectors are their means.
 
     Raises:
         MoneEdgeError: a pruned expert has no novice.
@@ -305,6 +307,7 @@ def read_novices(source: Checkpoint, plan: PrunePlan) -> ExpertStats:
         layers[layer] = empty_layer(total, width, 1, top_k=plan.top_k)
         for expert, vector in vectors.items():
             layers[layer].output_mean[expert] = vector
+            layers[layer].gate_sq_mean[expert] = vector
     made = Provenance(source.name, source.base_fingerprint, source.architecture)
     return ExpertStats(made, layers)
 

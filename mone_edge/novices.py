@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from mone_edge.errors import MoneEdgeError
 from mone_edge.plan import PrunePlan
+from mone_edge.recipe import MEASURED
 from mone_edge.stats import ExpertStats
 
 if TYPE_CHECKING:
@@ -26,8 +27,10 @@ def vectors(plan: PrunePlan, stats: ExpertStats, layer: int) -> NDArray[np.float
     """What each expert id of the pruned layer adds to its output before the gate weight.
 
     Returns:
-        [experts, D] in `plan.order(layer)`: zero rows for kept experts; for pruned ones the mean
-        output under "mean" (zero if no token reached the expert), zeros under "zero".
+        [experts, D] in `plan.order(layer)`: zero rows for kept experts; for pruned ones
+        `sum f / n` under "mean" (MoNE, arXiv 2507.00390), `sum g^2 f / sum g^2` under "gate2-mean"
+        (the constant that minimises `sum g^2 ||f - c||^2`, what the layer's output loses), zeros
+        under "zero" and for an expert that no token reached.
 
     Raises:
         MoneEdgeError: the plan drops experts, or the statistics are of another model.
@@ -35,11 +38,11 @@ def vectors(plan: PrunePlan, stats: ExpertStats, layer: int) -> NDArray[np.float
     require_match(plan, stats)
     if plan.replacement == "drop":
         raise MoneEdgeError("a plan with --replacement drop has no novices")
-    means = stats.layers[layer].output_mean
-    novices = np.zeros(means.shape, dtype=np.float32)
-    if plan.replacement == "mean":
-        pruned = list(plan.pruned(layer))
-        novices[len(plan.kept[layer]) :] = means[pruned]
+    measured = stats.layers[layer]
+    novices = np.zeros(measured.output_mean.shape, dtype=np.float32)
+    if plan.replacement in MEASURED:
+        means = measured.output_mean if plan.replacement == "mean" else measured.gate_sq_mean
+        novices[len(plan.kept[layer]) :] = means[list(plan.pruned(layer))]
     return novices
 
 
@@ -71,7 +74,7 @@ def require_shape(plan: PrunePlan, experts: dict[int, int], other: str) -> None:
 def apply(model: Any, plan: PrunePlan, stats: ExpertStats) -> Any:
     """Prune a transformers model in memory, in place, and return it.
 
-    "mean" and "zero" keep the router whole: a routed pruned expert adds its gate weight times its
+    All but "drop" keep the router whole: a routed pruned expert adds its gate weight times its
     novice. "drop" cuts the router's rows and the experts' parameters, so that the model selects
     among the kept experts only.
 

@@ -14,7 +14,7 @@ from mone_edge.errors import MoneEdgeError
 from mone_edge.model_file import ModelFile
 from mone_edge.paths import cache_dir
 from mone_edge.plan import PrunePlan, make_plan
-from mone_edge.recipe import Calibration, Recipe
+from mone_edge.recipe import MEASURED, Calibration, Recipe
 from mone_edge.source import Source
 from mone_edge.stats import ExpertStats, LayerStats, Provenance, empty_layer, file_sha256
 
@@ -110,7 +110,7 @@ def stats_of_plan(plan: PrunePlan, given: Path | None) -> ExpertStats | None:
     """
     path = given or (Path(plan.stats_path) if plan.stats_path else None)
     if path is None or not path.is_file():
-        if plan.replacement != "mean":
+        if plan.replacement not in MEASURED:
             return None
         raise MoneEdgeError(
             f"the plan's novices come from {path or 'a statistics file'}, which is not there; "

@@ -38,7 +38,7 @@ class PrunePlan:
     fingerprint: str  # of the weights it was made for
     method: str
     scope: str  # "layer" or "model"
-    replacement: str  # "mean", "zero" or "drop"
+    replacement: str  # one of REPLACEMENTS
     prune_ratio: float  # fraction of all experts removed, as asked for
     top_k: int
     num_experts: Mapping[int, int]  # before pruning
@@ -158,7 +158,7 @@ def make_plan(
         prune_ratio: fraction of the experts removed, 0 <= ratio < 1.
         method: a key of `CRITERIA`.
         scope: "layer" (the same fraction in every layer) or "model" (one ranking over all).
-        replacement: "mean", "zero" or "drop".
+        replacement: one of REPLACEMENTS.
         seed: of the method "random".
         protect: block indices to leave whole (see `parse_layers`).
         stats_path: where the statistics are, recorded in the plan.

@@ -33,7 +33,7 @@ def apply_plan(model: ModelFile, plan: PrunePlan, stats: ExpertStats | None) -> 
     Args:
         model: unpruned.
         plan: made for the same weights (the caller compares fingerprints).
-        stats: needed where the replacement is "mean".
+        stats: needed where novices come from them (`recipe.MEASURED`).
 
     Raises:
         MoneEdgeError: the plan does not fit the model, or the architecture cannot hold it.

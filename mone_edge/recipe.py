@@ -17,7 +17,8 @@ from mone_edge.errors import UsageError
 from mone_edge.paths import atomic_write
 
 SCOPES = ("layer", "model")
-REPLACEMENTS = ("mean", "zero", "drop")
+REPLACEMENTS = ("mean", "gate2-mean", "zero", "drop")
+MEASURED = ("mean", "gate2-mean")  # replacements whose vectors come from statistics
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,13 @@ def logits(model: Any, tokens: np.ndarray) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("replacement", "dtype"),
-    [("mean", "float32"), ("mean", "bfloat16"), ("zero", "float32"), ("drop", "float32")],
+    [
+        ("mean", "float32"),
+        ("mean", "bfloat16"),
+        ("gate2-mean", "float32"),
+        ("zero", "float32"),
+        ("drop", "float32"),
+    ],
 )
 @pytest.mark.parametrize("kind", MODEL_TYPES)
 def test_reloaded_logits_equal_the_model_pruned_in_memory(
@@ -123,7 +129,7 @@ def test_import_is_light() -> None:
 
 
 @pytest.mark.usefixtures("built_runtime")
-@pytest.mark.parametrize("replacement", ["mean", "zero", "drop"])
+@pytest.mark.parametrize("replacement", ["mean", "gate2-mean", "zero", "drop"])
 @pytest.mark.parametrize("kind", MODEL_TYPES)
 def test_it_converts_to_the_tensors_of_the_direct_road(
     calibrated: Make, kind: str, replacement: str, tmp_path: Path

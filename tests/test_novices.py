@@ -46,8 +46,9 @@ def constant_experts(model: Any, plan: PrunePlan, stats: ExpertStats) -> Any:
     for index, (_, module) in experts_modules(model).items():
         pruned = torch.tensor(plan.pruned(index), dtype=torch.long)
         constants = torch.zeros_like(torch.from_numpy(stats.layers[index].output_mean))
-        if plan.replacement == "mean":
-            constants[pruned] = torch.from_numpy(stats.layers[index].output_mean)[pruned]
+        if plan.replacement != "zero":
+            field = {"mean": "output_mean", "gate2-mean": "gate_sq_mean"}[plan.replacement]
+            constants[pruned] = torch.from_numpy(getattr(stats.layers[index], field))[pruned]
         with torch.no_grad():
             module.down_proj[pruned] = 0
 
@@ -61,7 +62,7 @@ def constant_experts(model: Any, plan: PrunePlan, stats: ExpertStats) -> Any:
     return model
 
 
-@pytest.mark.parametrize("replacement", ["mean", "zero"])
+@pytest.mark.parametrize("replacement", ["mean", "gate2-mean", "zero"])
 @pytest.mark.parametrize("scope", ["layer", "model"])
 def test_pruned_model_equals_constants(
     case: tuple[Any, ExpertStats], replacement: str, scope: str

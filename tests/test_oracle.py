@@ -65,7 +65,7 @@ def write(
 
 
 @pytest.mark.usefixtures("built_runtime")
-@pytest.mark.parametrize("replacement", ["mean", "zero", "drop"])
+@pytest.mark.parametrize("replacement", ["mean", "gate2-mean", "zero", "drop"])
 @pytest.mark.parametrize("model_type", tiny.MODEL_TYPES)
 def test_pruned_logits_agree_with_torch(
     model_type: str,
