@@ -190,7 +190,7 @@ def test_missing_weights_and_small_memories_get_one_line(
     fewer.__dict__["tensors"] = {k: v for k, v in source.tensors.items() if k != gone}
     with pytest.raises(MoneEdgeError, match=f"1 weights are missing .*first: {gone}"):
         sequential(fewer, Work(tmp_path / "w"))
-    for module in ("sequential", "loading"):
+    for module in ("layerwise", "loading"):
         monkeypatch.setattr(f"mone_edge.collect.{module}.memory_bytes", lambda device: 100_000)
     with pytest.raises(MoneEdgeError, match="one layer and the embeddings need"):
         sequential(source, Work(tmp_path / "v"))
