@@ -6,7 +6,7 @@ without padding, the same for the same seed. Knows nothing about models or stati
 Sampling: each source is tokenized document by document, an end-of-sequence token (if the tokenizer
 has one) between documents, and cut into consecutive sequences of `seq_len`. Reading stops at four
 times the tokens wanted, so that long corpora are not read to the end. `samples` are shared among
-the sources as evenly as possible; from each, distinct sequences are drawn by
+the sources by their weights (`SPEC@WEIGHT`, else 1); from each, distinct sequences are drawn by
 `numpy.random.default_rng([seed, source])` and kept in the order of the text. A source with too few
 sequences leaves its share to the others.
 """
@@ -30,6 +30,7 @@ SAMPLES, SEQ_LEN, SEED = 128, 2048, 42
 HEADROOM = 4  # tokens read, as a multiple of the tokens wanted
 MAX_CHARACTERS_PER_TOKEN = 8
 MIN_SEQ_LEN = 16
+ROUNDING = 1e-9  # so that a whole number of sequences is not one less in floating point
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 TEXT_COLUMNS = ("text", "content")
 FILE_SUFFIXES = (".txt", ".md", ".json", ".jsonl", ".ndjson")
@@ -38,6 +39,7 @@ _HUB = re.compile(
     r"(?P<name>[\w.-]+(?:/[\w.-]+)?)(?:\[(?P<subset>[^\]]+)\])?"
     r"(?:\((?P<split>[^)]+)\))?(?::(?P<limit>\d+))?"
 )
+_WEIGHTED = re.compile(r"(?P<spec>.+)@(?P<weight>\d+(?:\.\d+)?|\.\d+)")
 
 
 class Tokenizer(Protocol):
@@ -113,8 +115,8 @@ def load(
     """Read, tokenize and pack calibration text.
 
     Args:
-        specs: files or `name[subset](split):N` of hub datasets (a local path wins); none means the
-            text that comes with the package.
+        specs: files or `name[subset](split):N` of hub datasets (a local path wins), each with its
+            weight if `@WEIGHT` follows; none means the text that comes with the package.
         tokenizer: the model's own (`Source.tokenizer`).
         samples: sequences wanted.
         seq_len: tokens per sequence. Text shorter than one sequence gives one shorter sequence.
@@ -130,19 +132,34 @@ def load(
             f"--samples {samples} --seq-len {seq_len}: at least 1 sequence of {MIN_SEQ_LEN} tokens"
         )
     names = tuple(specs) or (_default_spec(),)
+    places, weights = zip(*map(split_weight, names), strict=True)
     enough = HEADROOM * samples * seq_len
-    streams = [_token_stream(spec, tokenizer, enough, offline) for spec in names]
+    streams = [_token_stream(place, tokenizer, enough, offline) for place in places]
     available = sum(map(len, streams))
     if available < MIN_SEQ_LEN:
         raise MoneEdgeError(
             f"calibration data {', '.join(names)}: {available} tokens in all, "
             f"at least {MIN_SEQ_LEN} are needed; add --data"
         )
-    tokens = _pack(streams, samples, seq_len, seed)
+    tokens = _pack(streams, weights, samples, seq_len, seed)
     sha256 = hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest()
     length = tokens.shape[1]
     unused = [n for n, s in zip(names, streams, strict=True) if len(s) < length == seq_len]
     return Batches(tokens, names, sha256, seed, samples, seq_len, available, tuple(unused))
+
+
+def split_weight(spec: str) -> tuple[str, float]:
+    """`web.txt@3` -> `web.txt` and 3.0; weight 1 where none is given. A path that exists wins.
+
+    Raises:
+        UsageError: the weight is 0.
+    """
+    match = _WEIGHTED.fullmatch(spec)
+    if match is None or exists(expand(spec)):
+        return spec, 1.0
+    if not (weight := float(match["weight"])):
+        raise UsageError(f"--data {spec}: a source of weight 0 is not read; leave it out")
+    return match["spec"], weight
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -184,28 +201,33 @@ def _default_spec() -> str:
 
 
 def _pack(
-    streams: list[NDArray[np.int64]], samples: int, seq_len: int, seed: int
+    streams: Sequence[NDArray[np.int64]],
+    weights: Sequence[float],
+    samples: int,
+    seq_len: int,
+    seed: int,
 ) -> NDArray[np.int64]:
     """Draw whole sequences from every source; one shorter sequence if there is no whole one."""
     rows = [stream[: len(stream) // seq_len * seq_len].reshape(-1, seq_len) for stream in streams]
     if not any(len(r) for r in rows):
         return np.concatenate(streams)[None, :seq_len]
     picked = []
-    shares = _shares([len(r) for r in rows], samples)
+    shares = _shares([len(r) for r in rows], weights, samples)
     for source, (row, take) in enumerate(zip(rows, shares, strict=True)):
         rng = np.random.default_rng([seed, source])
         picked.append(row[np.sort(rng.choice(len(row), take, replace=False))])
     return np.concatenate(picked)
 
 
-def _shares(available: list[int], samples: int) -> list[int]:
-    """Split `samples` evenly over sources that hold `available` sequences each."""
-    shares = [0] * len(available)
-    left = samples
-    ascending = sorted(range(len(available)), key=lambda source: available[source])
-    for rank, source in enumerate(ascending):
-        shares[source] = min(available[source], left // (len(available) - rank))
+def _shares(available: Sequence[int], weights: Sequence[float], samples: int) -> list[int]:
+    """Split `samples` by weight over sources that hold `available` sequences each."""
+    shares, left, rest = [0] * len(available), samples, sum(weights)
+    # what a source cannot give must fall to those that come after it
+    for source in sorted(range(len(available)), key=lambda i: available[i] / weights[i]):
+        fair = int(left * weights[source] / rest + ROUNDING)
+        shares[source] = min(available[source], fair)
         left -= shares[source]
+        rest -= weights[source]
     return shares
 
 

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mone_edge import __version__, convert, demo, quantize
+from mone_edge import calibration as text
 from mone_edge.collect.work import Work
 from mone_edge.errors import MoneEdgeError
 from mone_edge.model_file import ModelFile
-from mone_edge.paths import cache_dir
+from mone_edge.paths import cache_dir, expand, is_file
 from mone_edge.plan import PrunePlan, make_plan
 from mone_edge.recipe import MEASURED, Calibration, Recipe
 from mone_edge.source import Source
@@ -44,8 +45,6 @@ def calibrate(
     Returns:
         The statistics; None in processes of a torchrun other than the first.
     """
-    from mone_edge import calibration as text
-
     if source.is_pruned:
         raise MoneEdgeError(f"{source.name} is pruned already: measure the model it was made from")
     source.require_device(device)
@@ -81,9 +80,10 @@ def calibrate(
 def cached_stats(source: Source, calibration: Calibration) -> Path:
     """Where the statistics of this model on this text are kept."""
     digest = hashlib.sha256(f"{__version__} {source.fingerprint} {calibration}".encode())
-    for spec in map(Path, calibration.data or (str(demo.calibration_text()),)):
-        if spec.is_file():
-            digest.update(file_sha256(spec).encode())
+    for spec in calibration.data or (str(demo.calibration_text()),):
+        place = expand(text.split_weight(spec)[0])
+        if is_file(place):
+            digest.update(file_sha256(place).encode())
     return cache_dir() / "stats" / f"{source.label}-{digest.hexdigest()[:16]}.safetensors"
 
 

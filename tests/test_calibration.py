@@ -74,6 +74,32 @@ def test_several_sources_share_the_samples(tokenizer: Any, text: str, tmp_path: 
     assert batches.specs == (text, str(small))
 
 
+def test_weights_share_the_samples(tokenizer: Any, text: str, tmp_path: Path) -> None:
+    carts = tmp_path / "carts@home.txt"  # an @ that is no weight
+    carts.write_text("cart " * 2000)
+    specs = [f"{text}@3", str(carts)]
+    batches = load(specs, tokenizer, samples=8, seq_len=32)
+    of_carts = [tokenizer.decode(row).count("cart") > 4 for row in batches.tokens]
+    assert sum(of_carts) == 2
+    assert batches.specs == tuple(specs)
+    reversed_shares = load([text, f"{carts}@.5"], tokenizer, samples=12, seq_len=32)
+    assert sum(tokenizer.decode(r).count("cart") > 4 for r in reversed_shares.tokens) == 4
+
+
+@pytest.mark.parametrize("samples", [1, 7, 100])
+@pytest.mark.parametrize("weights", [[1, 1, 1], [0.1, 0.2, 0.7], [5, 1, 1]])
+def test_shares_give_all_that_is_there(samples: int, weights: list[float]) -> None:
+    for available in ([1000, 1000, 1000], [3, 50, 50], [0, 0, 2]):
+        shares = calibration._shares(available, weights, samples)
+        assert sum(shares) == min(samples, sum(available))
+        assert all(0 <= s <= a for s, a in zip(shares, available, strict=True))
+
+
+def test_weight_zero_is_refused(tokenizer: Any, text: str) -> None:
+    with pytest.raises(UsageError, match="weight 0"):
+        load([f"{text}@0"], tokenizer, samples=4, seq_len=32)
+
+
 def test_a_source_without_one_sequence_is_told(tokenizer: Any, text: str, tmp_path: Path) -> None:
     tiny = tmp_path / "tiny.txt"
     tiny.write_text("one cart")
@@ -83,10 +109,12 @@ def test_a_source_without_one_sequence_is_told(tokenizer: Any, text: str, tmp_pa
 
 
 def test_shares_are_even_and_complete() -> None:
-    assert calibration._shares([10, 10], 6) == [3, 3]
-    assert calibration._shares([1, 10, 10], 7) == [1, 3, 3]
-    assert calibration._shares([0, 2, 9], 20) == [0, 2, 9]
-    assert calibration._shares([5, 5], 1) == [0, 1]
+    assert calibration._shares([10, 10], [1, 1], 6) == [3, 3]
+    assert calibration._shares([1, 10, 10], [1, 1, 1], 7) == [1, 3, 3]
+    assert calibration._shares([0, 2, 9], [1, 1, 1], 20) == [0, 2, 9]
+    assert calibration._shares([5, 5], [1, 1], 1) == [0, 1]
+    assert calibration._shares([10, 10], [1, 3], 8) == [2, 6]
+    assert calibration._shares([10, 2], [1, 9], 8) == [6, 2]
 
 
 def test_too_little_text_is_used_and_told(tokenizer: Any, text: str) -> None:

@@ -18,7 +18,8 @@ def calibration_options(command: Command) -> Command:
             multiple=True,
             metavar="SPEC",
             help="Calibration text: a text or jsonl file, or name[subset](split):N of a hub "
-            "dataset; may be repeated. Default: text that comes with the package.",
+            "dataset, each with @WEIGHT after it for another share than its neighbours; may be "
+            "repeated. Default: text that comes with the package.",
         ),
         click.option("--samples", type=click.IntRange(1), default=128, show_default=True),
         click.option(
