@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from mone_edge import runtime
+from mone_edge import rowwise, runtime
 from mone_edge.documents import reason
 from mone_edge.errors import MoneEdgeError, UsageError
 from mone_edge.model_file import Array, Chunk, LazyTensor, ModelFile
@@ -25,6 +25,7 @@ from mone_edge.novices import APPROX_VALUE
 from mone_edge.source import EXPERT_KEY, Checkpoint
 from mone_edge.transformers_quiet import LOAD_ERRORS, quiet
 
+BLOCK_VALUES = 1 << 24  # of a matrix, that are floats at a time: 64 MiB
 UNQUANTISED = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16"}
 
 
@@ -80,8 +81,11 @@ def open_checkpoint(
             if type(error) is not Exception:  # the Rust tokenizer raises nothing more special
                 raise
             raise MoneEdgeError(f"{source.name}: damaged tokenizer: {reason(error)}") from error
+    known: rowwise.Known = {}
     tensors = {
-        name: _lazy(gguf, info) for part in model.gguf_writer.tensors for name, info in part.items()
+        name: _lazy(gguf, info, known)
+        for part in model.gguf_writer.tensors
+        for name, info in part.items()
     }
     metadata = {k: v for part in model.gguf_writer.kv_data for k, v in part.items()}
     arch = gguf.MODEL_ARCH_NAMES[model.model_arch]
@@ -155,7 +159,9 @@ def _stacks_in_chunks(gguf: ModuleType, lazy_torch: Any) -> Iterator[None]:
 
         def numpy(self) -> Any:
             parts = self._args[0]
-            chunks = [functools.partial(_part_numpy, part) for part in parts]
+            chunks = [
+                lambda part=part: rowwise.evaluate(part, gguf.LazyBase).numpy() for part in parts
+            ]
             dtype = lazy_torch._dtype_map[self._meta.dtype]
             return gguf.LazyChunkedTensor(chunks, tuple(self._meta.shape), dtype)
 
@@ -222,28 +228,16 @@ def _filled_in(tensors: dict[str, Any], experts: int) -> dict[str, Any]:
     return tensors
 
 
-def _part_numpy(part: Any) -> Any:
-    return _evaluate(part).numpy()
-
-
-def _evaluate(node: Any) -> Any:
-    """The value of a lazy tensor, without the package's habit of keeping every value it made."""
-    gguf, _ = packages()
-    if not isinstance(node, gguf.LazyBase):
-        return node
-    if node._data is not None:
-        return node._data
-    arguments = gguf.LazyBase._recurse_apply(node._args, _evaluate)
-    return node._func(*arguments, **node._kwargs)
-
-
-def _lazy(gguf: ModuleType, info: Any) -> LazyTensor:
-    shape, data = tuple(int(n) for n in info.shape), info.tensor
+def _lazy(gguf: ModuleType, info: Any, known: rowwise.Known) -> LazyTensor:
+    shape, data, lazy = tuple(int(n) for n in info.shape), info.tensor, gguf.LazyBase
     if isinstance(data, gguf.LazyChunkedTensor):
-        chunks: tuple[Chunk, ...] = tuple(_checked(load) for load in data._chunks)
+        loads: list[Any] | None = list(data._chunks)
     else:
-        chunks = (_checked(functools.partial(_evaluate, data)),)
-    return LazyTensor(shape, chunks, info.dtype.name)
+        rows = 1 if len(shape) > 2 else max(1, BLOCK_VALUES // shape[-1])
+        blocked = len(shape) > 1 and rows < shape[0]
+        loads = rowwise.blocks(data, lazy, rows, known) if blocked else None
+    loads = loads or [functools.partial(rowwise.evaluate, data, lazy)]
+    return LazyTensor(shape, tuple(map(_checked, loads)), info.dtype.name)
 
 
 def _checked(load: Callable[[], Any]) -> Chunk:

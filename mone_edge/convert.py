@@ -12,9 +12,10 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,7 +26,7 @@ from mone_edge import imatrix as imatrices
 from mone_edge.conversion import UNQUANTISED, packages
 from mone_edge.errors import MoneEdgeError
 from mone_edge.imatrix import Imatrix
-from mone_edge.model_file import LazyTensor, ModelFile
+from mone_edge.model_file import Array, LazyTensor, ModelFile
 from mone_edge.paths import existing_folder, expand, parent_folder
 from mone_edge.plan import PrunePlan
 from mone_edge.quantize import KEEP
@@ -204,12 +205,13 @@ def require_space(jobs: Sequence[Job]) -> None:
 
 
 def working_bytes(jobs: Sequence[Job]) -> int:
-    """Memory that writing needs beyond the program itself: the largest chunk as floats, and its
-    quantised copy (at most as large); of a chunk that is only copied, its bytes."""
+    """Memory that writing needs beyond the program itself: the largest chunk as floats, its
+    quantised copy (at most as large) and what is read ahead; of a chunk that is only copied, its
+    bytes."""
     return max(
         quantize.tensor_bytes(t, t.dtype) // len(t.chunks)
         if job.outtype == KEEP
-        else 8 * t.elements // len(t.chunks)
+        else (8 + 4 * min(quantize.READ_AHEAD, len(t.chunks) - 1)) * t.elements // len(t.chunks)
         for job in jobs
         for t in job.model.tensors.values()
     )
@@ -277,9 +279,13 @@ def _write_together(
             stack.callback(writer.close)
             writers.append(writer)
         total, done = sum(job.data_bytes for job in jobs), 0
-        for name, tensor in jobs[0].model.tensors.items():
+        tensors = jobs[0].model.tensors
+        loads = (load for tensor in tensors.values() for _ in jobs for load in tensor.chunks)
+        values = stack.enter_context(closing(quantize.read_ahead(loads)))
+        for name, tensor in tensors.items():
             for job, writer in zip(jobs, writers, strict=True):
-                pieces = StreamedTensor(name, tensor, job.types[name], job.imatrix, threads)
+                chunks = islice(values, len(tensor.chunks))
+                pieces = StreamedTensor(name, tensor, chunks, job.types[name], job.imatrix, threads)
                 writer.write_tensor_data(pieces)
                 done += pieces.nbytes
                 report(done, total)
@@ -291,6 +297,7 @@ class StreamedTensor:
 
     name: str
     tensor: LazyTensor
+    values: Iterator[Array]  # of its chunks
     dtype: str
     imatrix: Imatrix | None
     threads: int
@@ -302,7 +309,7 @@ class StreamedTensor:
     def tofile(self, file: BinaryIO) -> None:
         written = 0
         chunks = quantize.quantized_chunks(
-            self.name, self.tensor, self.dtype, self.imatrix, self.threads
+            self.name, self.tensor, self.values, self.dtype, self.imatrix, self.threads
         )
         for data in chunks:
             written += file.write(data.data)

@@ -17,10 +17,10 @@ Chunk = Callable[[], Array]
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor in NumPy's dimension order; each chunk is one slice of dimension 0, or all of it."""
+    """A tensor in NumPy's dimension order; its chunks are blocks of dimension 0, in order."""
 
     shape: tuple[int, ...]
-    chunks: tuple[Chunk, ...]  # one, or as many as shape[0]
+    chunks: tuple[Chunk, ...]  # of the experts of a layer: one for all, or one each
     dtype: str = "F32"  # ggml type in an unquantised file
 
     @property
@@ -32,14 +32,15 @@ class LazyTensor:
         shape = (len(rows), *self.shape[1:])
         if len(self.chunks) == self.shape[0]:
             return replace(self, shape=shape, chunks=tuple(self.chunks[i] for i in rows))
-        whole, index = self.chunks[0], list(rows)
-        return replace(self, shape=shape, chunks=(lambda: np.ascontiguousarray(whole()[index]),))
+        index = list(rows)
+        return replace(self, shape=shape, chunks=(lambda: self.read()[index],))
 
     def read(self) -> Array:
-        """The whole tensor."""
-        if len(self.chunks) == 1:
-            return self.chunks[0]().reshape(self.shape)
-        return np.stack([chunk() for chunk in self.chunks])
+        """The whole tensor; its last dimension is of stored items (bytes, of quantised types)."""
+        blocks = [chunk() for chunk in self.chunks]
+        if len(self.shape) > 1:
+            blocks = [b.reshape(-1, *self.shape[1:-1], b.shape[-1]) for b in blocks]
+        return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
 
 
 def constant(values: Array) -> LazyTensor:

@@ -12,8 +12,10 @@ import re
 import struct
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from mone_edge import probe, runtime
 from mone_edge.conversion import UNQUANTISED, packages
 from mone_edge.errors import MoneEdgeError, UsageError
 from mone_edge.imatrix import Imatrix, write_imatrix
-from mone_edge.model_file import Array, LazyTensor, ModelFile
+from mone_edge.model_file import Array, Chunk, LazyTensor, ModelFile
 
 KEEP = "keep"  # every tensor in the type it has, for sources that have types
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "F32": "F32"}
@@ -37,6 +39,7 @@ OVERRIDE_FAULT = re.compile(
 )
 F16_MAX = 65504.0
 ROW_BYTES = 1 << 20  # of float input that a thread quantises at a time
+READ_AHEAD = 2  # chunks
 
 
 def file_types() -> list[str]:
@@ -287,27 +290,49 @@ def to_float(values: NDArray[Any], dtype: str, columns: int, threads: int) -> Ar
     return out.reshape(*values.shape[:-1], columns)
 
 
+def read_ahead(loads: Iterable[Chunk]) -> Generator[Array, None, None]:
+    """Values in order, each read by another thread while those before it are worked on."""
+    pending = iter(loads)
+    with ThreadPoolExecutor(1, thread_name_prefix="read") as reader:
+        waiting = deque(reader.submit(load) for load in islice(pending, READ_AHEAD))
+        try:
+            while waiting:
+                values = waiting.popleft().result()
+                waiting.extend(reader.submit(load) for load in islice(pending, 1))
+                yield values
+        finally:
+            reader.shutdown(cancel_futures=True)
+
+
 def quantized_chunks(
-    name: str, tensor: LazyTensor, dtype: str, imatrix: Imatrix | None, threads: int
+    name: str,
+    tensor: LazyTensor,
+    chunks: Iterable[Array],
+    dtype: str,
+    imatrix: Imatrix | None,
+    threads: int,
 ) -> Iterator[NDArray[np.uint8]]:
     """A tensor's bytes in a ggml type, a bounded piece at a time (one expert of a stack).
 
     A tensor that has the type already passes through, bit for bit.
 
+    Args:
+        chunks: the values of the tensor's chunks.
+
     Raises:
         MoneEdgeError: a value is infinite or not a number.
     """
     importance = (imatrix or {}).get(name)
-    for index, load in enumerate(tensor.chunks):
-        values = load()
+    for index, values in enumerate(chunks):
         if tensor.dtype == "F32":
             _require_sane(name, values, dtype)
         if dtype == tensor.dtype:
             yield values.reshape(-1).view(np.uint8)
             continue
+        floats = values
         if tensor.dtype != "F32":
-            values = to_float(values, tensor.dtype, tensor.shape[-1], threads)
-        for piece, row in _matrices(values, index, importance, len(tensor.chunks) > 1):
+            floats = to_float(values, tensor.dtype, tensor.shape[-1], threads)
+        for piece, row in _matrices(floats, index, importance, len(tensor.chunks) > 1):
             yield quantize_rows(piece.astype(np.float32, copy=False), dtype, row, threads)
 
 

@@ -43,7 +43,7 @@ def make_checkpoint(
     inner: int = 32,
     **overrides: Any,
 ) -> Path:
-    """Save a random checkpoint of one of `MODEL_TYPES` and return its folder.
+    """Save a random checkpoint of one of `MODEL_TYPES`, or granitemoe, and return its folder.
 
     Args:
         hidden, inner: widths; multiples of 256 make every weight fit k-quants, 32 the others.
@@ -115,6 +115,7 @@ def _config_fields(
             "norm_topk_prob": True,
         },
         "mixtral": {"num_local_experts": experts, "intermediate_size": inner},
+        "granitemoe": {"num_local_experts": experts, "intermediate_size": inner},
     }
     return fields | own[model_type]
 
