@@ -98,6 +98,7 @@ def run_expert(module: Any, expert: int, inputs: Tensor) -> tuple[Tensor, Tensor
 
 
 def _project(module: Any, name: str, expert: int, inputs: Tensor) -> Tensor:
-    weight = getattr(module, name)[expert]
-    bias = getattr(module, f"{name}_bias")[expert] if module.has_bias else None
+    # of the input's precision already, but for streamed models
+    weight = getattr(module, name)[expert].to(inputs.dtype)
+    bias = getattr(module, f"{name}_bias")[expert].to(inputs.dtype) if module.has_bias else None
     return nn.functional.linear(inputs, weight.T if module.is_transposed else weight, bias)

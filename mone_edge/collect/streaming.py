@@ -3,10 +3,15 @@
 In: a checkpoint. Out: the model on the meta device, whose parts load their own keys through
 transformers' conversion of checkpoints and go back to meta. Knows nothing about statistics.
 
+Experts keep the type that they are stored in: `experts.run_expert` widens one at a time to the
+precision of its input. The output head is never read: it passes on what it is given.
+
 Uses internals of transformers (`convert_and_load_state_dict_in_model`), so its version range is
 pinned in pyproject.toml.
 """
 
+import ctypes
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import cached_property
@@ -16,6 +21,7 @@ import torch
 from torch import nn
 
 from mone_edge.collect.experts import experts_modules, model_type
+from mone_edge.collect.loading import stored_dtype, torch_dtype
 from mone_edge.documents import reason
 from mone_edge.errors import MoneEdgeError
 from mone_edge.safetensors_header import item_bytes
@@ -35,6 +41,8 @@ class StreamedModel:
     def __init__(self, source: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
         self.source, self.device, self.dtype = source, device, dtype
         self.model = on_meta(source, dtype)
+        self._head = _without_head(self.model)
+        _keep_experts_narrow(self.model, torch_dtype(stored_dtype(source.path)))
         self.layers = _layers(self.model)
         self.blocks = {
             i: self.part_of(name) for i, (name, _) in experts_modules(self.model).items()
@@ -60,26 +68,34 @@ class StreamedModel:
             self.model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
         self._make_buffers(part)
         self._require_whole(part, info)
+        _give_back_freed_memory()
 
     def release(self, part: str) -> None:
         """Give a layer's memory back."""
         self.model.get_submodule(part).to("meta")
+        _give_back_freed_memory()
 
     @cached_property
     def keys(self) -> Mapping[str, list[str]]:
         """Checkpoint keys of every part."""
         parts: dict[str, list[str]] = {name: [] for name in (OUTSIDE, *self.layers)}
-        for key, name in module_names(self.model, self.source.tensors).items():
-            parts[self.part_of(name)].append(key)
+        for key, name in self._names.items():
+            if name.rpartition(".")[0] != self._head:
+                parts[self.part_of(name)].append(key)
         return parts
 
+    @cached_property
+    def _names(self) -> Mapping[str, str]:
+        return module_names(self.model, self.source.tensors)
+
     def part_bytes(self, part: str) -> int:
-        """Bytes of a part's weights in the precision it is loaded in."""
-        params = sum(
-            self.source.tensors[key].size // item_bytes(self.source.tensors[key].dtype)
-            for key in self.keys[part]
-        )
-        return params * self.dtype.itemsize
+        """Bytes of a part's weights in the types that they are loaded in."""
+        loaded, total = self.model.state_dict(), 0
+        for key in self.keys[part]:
+            ref, parameter = self.source.tensors[key], loaded.get(self._names[key])
+            item = self.dtype if parameter is None else parameter.dtype
+            total += ref.size // item_bytes(ref.dtype) * item.itemsize
+        return total
 
     @cached_property
     def _load_config(self) -> Any:
@@ -146,6 +162,8 @@ class StreamedModel:
     def _require_whole(self, part: str, info: Any) -> None:
         bad = [str(key[0]) for key in info.mismatched_keys] + list(info.conversion_errors)
         for name, module in self._modules(part):
+            if name == self._head:
+                continue
             own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
             bad += [f"{name}.{key}" for key, value in own if value.is_meta]
         if bad:
@@ -185,6 +203,30 @@ def on_meta(source: Checkpoint, dtype: torch.dtype = torch.float32) -> Any:
         raise MoneEdgeError(f"cannot load {source.path}: {reason(error)}") from error
     model.set_experts_implementation("eager")
     return model.eval()
+
+
+def _without_head(model: Any) -> str:
+    """Make the output head pass its input on; returns its name. Hooks on it see the input still."""
+    head = model.get_output_embeddings()
+    if head is None:
+        return ""
+    head.forward = lambda states: states
+    return str(next(name for name, module in model.named_modules() if module is head))
+
+
+def _keep_experts_narrow(model: Any, stored: torch.dtype) -> None:
+    """Let the loader leave experts in their stored type where it is narrower than the model's."""
+    for _, module in experts_modules(model).values():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if stored.itemsize < parameter.dtype.itemsize:
+                setattr(module, name, nn.Parameter(parameter.to(stored), requires_grad=False))
+
+
+def _give_back_freed_memory() -> None:
+    """Thousands of freed tensors of experts otherwise stay with glibc's allocator."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 def _layers(model: Any) -> dict[str, nn.Module]:
