@@ -1,19 +1,22 @@
 """Scores of experts: one small function per criterion, higher means keep.
 
 In: the statistics of one layer. Out: [experts] float64, finite, 0 or lowest for an expert that no
-token reached. Knows nothing about ratios, scopes or other layers.
+token reached; and `error_matrix` for those that look at pairs. Knows nothing about ratios, scopes
+or other layers.
 
 Notation: `g` gate weight, `f` raw output, `n` tokens routed to the expert, `T` tokens seen; sums
 run over the tokens routed to the expert.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from mone_edge.errors import UsageError
 from mone_edge.stats import Float, LayerStats
 
 Criterion = Callable[[LayerStats, np.random.Generator], Float]
+SUPER_QUANTILE, SUPER_SHARE = 0.995, 0.1
 
 
 def _per_token(sums: Float, layer: LayerStats) -> Float:
@@ -93,6 +96,57 @@ def replacement_error(layer: LayerStats, _: np.random.Generator) -> Float:
     offset: Float = np.square(mean).sum(axis=1) - 2 * (layer.gate_sq_mean * mean).sum(axis=1)
     error: Float = layer.gate_sq_norm_sq_sum + layer.gate_sq_sum * offset
     return np.clip(error, 0.0, None)
+
+
+def error_matrix(layer: LayerStats, replacement: str) -> Float:
+    """`F_ij = sum_t g_i g_j <f_i - c_i, f_j - c_j>`, the constants `c` those of the replacement.
+
+    With the router whole and the experts of a set replaced, `p^T F p` is the squared error of the
+    layer's output. The diagonal is exact; the rest is known around the means, and moved to other
+    constants as a covariance moves (see `LayerStats.merge`). "drop", whose router chooses again, is
+    taken for "zero". [E, E]
+
+    Raises:
+        UsageError: the statistics are of an older version, which did not look at pairs.
+    """
+    pair_error, pair_gate = layer.pair_error, layer.pair_gate
+    if pair_error is None or pair_gate is None:
+        raise UsageError(
+            "these statistics hold nothing about pairs of experts (an older mone-edge measured "
+            "them); measure again: mone-edge stats MODEL"
+        )
+    constants = {"mean": layer.output_mean, "zero": 0 * layer.output_mean}.get(
+        "zero" if replacement == "drop" else replacement, layer.gate_sq_mean
+    )
+    moved = layer.output_mean - constants
+    matrix: Float = pair_error + pair_gate * (moved @ moved.T)
+    offset = np.square(constants).sum(axis=1) - 2 * (layer.gate_sq_mean * constants).sum(axis=1)
+    own = layer.gate_sq_norm_sq_sum + layer.gate_sq_sum * offset
+    np.fill_diagonal(matrix, np.clip(own, 0.0, None))
+    return matrix
+
+
+def super_experts(layers: Mapping[int, LayerStats]) -> dict[int, tuple[int, ...]]:
+    """Experts with extreme activations, which a model falls apart without (arXiv 2507.23279).
+
+    Those whose largest output is above the 99.5th percentile of all experts of the model, and above
+    a tenth of the largest. The paper looks at layers that form massive activations only; here all
+    layers count.
+
+    Raises:
+        UsageError: the statistics are of an older version, which did not look for the largest.
+    """
+    largest = {index: layer.output_max for index, layer in layers.items()}
+    known = [values for values in largest.values() if values is not None]
+    if not known or len(known) < len(largest):
+        raise UsageError(
+            "these statistics hold no largest outputs (an older mone-edge measured them); measure "
+            "again: mone-edge stats MODEL"
+        )
+    pooled = np.concatenate(known)
+    limit = max(np.quantile(pooled, SUPER_QUANTILE), pooled.max() * SUPER_SHARE)
+    found = {i: np.flatnonzero(v > limit) for i, v in largest.items() if v is not None}
+    return {i: tuple(int(e) for e in ids) for i, ids in found.items() if len(ids)}
 
 
 CRITERIA: dict[str, Criterion] = {

@@ -17,6 +17,7 @@ from mone_edge.paths import cache_dir, expand, is_file
 from mone_edge.plan import PrunePlan, make_plan
 from mone_edge.recipe import MEASURED, Calibration, Recipe
 from mone_edge.source import Source
+from mone_edge.stats import VERSION as STATS_VERSION
 from mone_edge.stats import ExpertStats, LayerStats, Provenance, empty_layer, file_sha256
 
 Progress = Callable[[int, int], None]
@@ -79,7 +80,9 @@ def calibrate(
 
 def cached_stats(source: Source, calibration: Calibration) -> Path:
     """Where the statistics of this model on this text are kept."""
-    digest = hashlib.sha256(f"{__version__} {source.fingerprint} {calibration}".encode())
+    digest = hashlib.sha256(
+        f"{__version__} {STATS_VERSION} {source.fingerprint} {calibration}".encode()
+    )
     for spec in calibration.data or (str(demo.calibration_text()),):
         place = expand(text.split_weight(spec)[0])
         if is_file(place):
@@ -97,6 +100,7 @@ def plan_from_stats(recipe: Recipe, stats: ExpertStats, path: Path) -> PrunePlan
         replacement=recipe.replacement,
         seed=recipe.calibration.seed,
         protect=recipe.protect,
+        protect_super=recipe.protect_super,
         stats_path=str(path.resolve()),
         stats_sha256=file_sha256(path),
     )
@@ -139,6 +143,7 @@ def rehearse(
             scope=recipe.scope,
             replacement=recipe.replacement,
             protect=recipe.protect,
+            protect_super=recipe.protect_super,
         )
     jobs = convert.prepare(source, recipe, outfiles, plan=plan, stats=stats if plan else None)
     quantize.require_loadable(jobs[0].model, source.name)

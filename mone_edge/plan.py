@@ -4,26 +4,24 @@ In: ExpertStats, a ratio, a criterion, a scope. Out: a frozen plan that is a sma
 Knows nothing about models, tensors or files other than its own.
 
 Counts: scope `layer` removes `floor(E * ratio + 1/2)` experts of every layer that is not
-protected, scope `model` removes `floor(sum E * ratio + 1/2)` over those layers in one ranking.
-Among equal scores the expert with the higher id (then the later layer) goes first.
+protected, scopes `model` and `error` remove `floor(sum E * ratio + 1/2)` over those layers (see
+`selection`). Among equal scores the expert with the higher id (then the later layer) goes first.
 """
 
 import dataclasses
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from mone_edge.criteria import CRITERIA
+from mone_edge.criteria import super_experts
 from mone_edge.documents import parse_json, reason, require_keys
 from mone_edge.errors import MoneEdgeError, UsageError
 from mone_edge.paths import atomic_write, is_file
 from mone_edge.recipe import REPLACEMENTS, SCOPES
-from mone_edge.stats import ExpertStats, Float
+from mone_edge.selection import METHODS, Choice, prune
+from mone_edge.stats import ExpertStats
 
 FORMAT = "mone-edge-plan"
 VERSION = 1
@@ -45,6 +43,7 @@ class PrunePlan:
     kept: Mapping[int, tuple[int, ...]]  # ids of the kept experts, ascending
     seed: int = 0
     protect: tuple[int, ...] = ()  # blocks left whole
+    protect_super: bool = False  # experts with extreme activations stay
     stats_path: str = ""  # where the novices' means are
     stats_sha256: str = ""
 
@@ -116,11 +115,13 @@ class PrunePlan:
             raise MoneEdgeError(f"{path}: an id or a count in it is not a whole number from 0")
         numbers = (self.prune_ratio,)
         texts = (self.model, self.fingerprint, self.method, self.stats_path, self.stats_sha256)
-        if not all(isinstance(n, int | float) for n in numbers) or not all(
-            isinstance(text, str) for text in texts
+        if (
+            not all(isinstance(n, int | float) for n in numbers)
+            or not all(isinstance(text, str) for text in texts)
+            or not isinstance(self.protect_super, bool)
         ):
             raise MoneEdgeError(f"{path}: a number or a name in it has the wrong type")
-        if self.method not in (*CRITERIA, UNKNOWN_METHOD) or not 0 <= self.prune_ratio < 1:
+        if self.method not in (*METHODS, UNKNOWN_METHOD) or not 0 <= self.prune_ratio < 1:
             raise MoneEdgeError(
                 f"{path}: method {self.method!r} with ratio {self.prune_ratio} is not known"
             )
@@ -148,6 +149,7 @@ def make_plan(
     replacement: str = "mean",
     seed: int = 42,
     protect: Iterable[int] = (),
+    protect_super: bool = False,
     stats_path: str = "",
     stats_sha256: str = "",
 ) -> PrunePlan:
@@ -156,11 +158,13 @@ def make_plan(
     Args:
         stats: of the whole model.
         prune_ratio: fraction of the experts removed, 0 <= ratio < 1.
-        method: a key of `CRITERIA`.
-        scope: "layer" (the same fraction in every layer) or "model" (one ranking over all).
+        method: one of METHODS.
+        scope: "layer" (the same fraction in every layer), "model" (one ranking over all) or
+            "error" (fewer where less is lost).
         replacement: one of REPLACEMENTS.
         seed: of the method "random".
         protect: block indices to leave whole (see `parse_layers`).
+        protect_super: keep experts with extreme activations (`criteria.super_experts`).
         stats_path: where the statistics are, recorded in the plan.
         stats_sha256: of that file, recorded in the plan.
 
@@ -171,14 +175,15 @@ def make_plan(
     _check_choices(stats, prune_ratio, method, scope, replacement, guarded)
     num_experts = {index: layer.num_experts for index, layer in sorted(stats.layers.items())}
     top_k = max(layer.top_k for layer in stats.layers.values())
-    scores = {
-        index: CRITERIA[method](stats.layers[index], np.random.default_rng([seed, index]))
-        for index in num_experts
-        if index not in guarded
-    }
-    floor = top_k if replacement == "drop" else 1
-    choose = _prune_per_layer if scope == "layer" else _prune_over_model
-    pruned = choose(scores, prune_ratio, floor, replacement)
+    choice = Choice(
+        method,
+        replacement,
+        seed,
+        floor=top_k if replacement == "drop" else 1,
+        spared=super_experts(stats.layers) if protect_super else {},
+    )
+    layers = {index: stats.layers[index] for index in num_experts if index not in guarded}
+    pruned = prune(layers, scope, prune_ratio, choice) if prune_ratio else {}
     kept = {
         index: tuple(i for i in range(experts) if i not in pruned.get(index, ()))
         for index, experts in num_experts.items()
@@ -195,6 +200,7 @@ def make_plan(
         kept=kept,
         seed=seed,
         protect=guarded,
+        protect_super=protect_super,
         stats_path=stats_path,
         stats_sha256=stats_sha256,
     )
@@ -243,7 +249,7 @@ def _check_choices(
     protect: tuple[int, ...],
 ) -> None:
     for option, value, known in (
-        ("method", method, tuple(CRITERIA)),
+        ("method", method, METHODS),
         ("scope", scope, SCOPES),
         ("replacement", replacement, REPLACEMENTS),
     ):
@@ -261,73 +267,10 @@ def _check_choices(
             f"--protect {foreign[0]}: the MoE layers of this model are "
             f"{min(stats.layers)} to {max(stats.layers)}"
         )
-    if replacement == "drop" and (scope == "model" or protect) and prune_ratio > 0:
-        cause = "--scope model" if scope == "model" else "--protect"
+    if replacement == "drop" and (scope != "layer" or protect) and prune_ratio > 0:
+        cause = f"--scope {scope}" if scope != "layer" else "--protect"
         raise UsageError(
             f"--replacement drop with {cause} leaves different numbers of experts per layer, and a "
             "GGUF without novices holds one number for all; use --replacement mean, or leave "
             f"{cause} out"
         )
-
-
-def _rounded(value: float) -> int:
-    """Nearest whole number, halves up; 1e-9 absorbs the binary error of ratios like 0.1."""
-    return math.floor(value + 0.5 + 1e-9)
-
-
-def _prune_per_layer(
-    scores: Mapping[int, Float], ratio: float, floor: int, replacement: str
-) -> dict[int, set[int]]:
-    pruned: dict[int, set[int]] = {}
-    for index, layer_scores in scores.items():
-        experts = len(layer_scores)
-        count = _rounded(experts * ratio)
-        if count and experts - count < floor:
-            raise UsageError(_too_few(experts, experts - count, floor, ratio, replacement))
-        pruned[index] = {expert for _, expert in _ranking(layer_scores)[:count]}
-    return pruned
-
-
-def _prune_over_model(
-    scores: Mapping[int, Float], ratio: float, floor: int, replacement: str
-) -> dict[int, set[int]]:
-    """One ranking over all layers; a layer at its floor passes, the next lowest score goes."""
-    total = sum(map(len, scores.values()))
-    count = _rounded(total * ratio)
-    if count > total - floor * len(scores):
-        raise UsageError(_too_few(total, total - count, floor * len(scores), ratio, replacement))
-    ranking = sorted(
-        (score, -index, -expert)
-        for index, layer_scores in scores.items()
-        for expert, score in enumerate(layer_scores.tolist())
-    )
-    pruned: dict[int, set[int]] = {index: set() for index in scores}
-    for _, minus_index, minus_expert in ranking:
-        if count == 0:
-            break
-        layer = pruned[-minus_index]
-        if len(scores[-minus_index]) - len(layer) > floor:
-            layer.add(-minus_expert)
-            count -= 1
-    return pruned
-
-
-def _ranking(scores: Float) -> list[tuple[float, int]]:
-    """(score, expert) from the first to go to the last; equal scores: higher ids go first."""
-    return sorted(
-        zip(scores.tolist(), range(len(scores)), strict=True), key=lambda s: (s[0], -s[1])
-    )
-
-
-def _too_few(experts: int, left: int, floor: int, ratio: float, replacement: str) -> str:
-    largest = math.floor((experts - floor) / experts * 10_000) / 10_000
-    reason = (
-        f"the router selects top_k={floor} among those that stay"
-        if replacement == "drop"
-        else f"{floor} must stay (one per layer)"
-    )
-    remedy = ", or use --replacement mean" if replacement == "drop" else ""
-    return (
-        f"--prune-ratio {ratio:g} leaves {left} of {experts} experts, and {reason}: "
-        f"reduce --prune-ratio to at most {largest:g}{remedy}"
-    )

@@ -16,7 +16,7 @@ from mone_edge.documents import reason
 from mone_edge.errors import UsageError
 from mone_edge.paths import atomic_write
 
-SCOPES = ("layer", "model")
+SCOPES = ("layer", "model", "error")
 REPLACEMENTS = ("mean", "gate2-mean", "zero", "drop")
 MEASURED = ("mean", "gate2-mean")  # replacements whose vectors come from statistics
 
@@ -41,6 +41,7 @@ class Recipe:
     scope: str = "layer"
     replacement: str = "mean"
     protect: tuple[int, ...] = ()
+    protect_super: bool = False
     outtype: tuple[str, ...] = ("Q4_K_M",)
     imatrix: str = "auto"
     tensor_type: tuple[str, ...] = ()
@@ -134,7 +135,7 @@ def _require_types(path: Path, given: dict[str, Any], kind: Any, prefix: str = "
         wanted: Any = (int, float) if isinstance(default, float) else type(default)
         if wanted is tuple:
             wanted = (list, tuple)
-        if not isinstance(value, wanted) or isinstance(value, bool):
+        if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
             raise UsageError(f"{path}: {prefix}{field.name} cannot be {reprlib.repr(value)}")
         if wanted == (list, tuple):
             _require_items(path, prefix + field.name, value)

@@ -5,13 +5,14 @@ novices and importance-weighted quantising. Knows nothing about models, criteria
 
 All sums run over calibration tokens `t` that the router sent to expert `i` (`i in S_t`), with
 `g` the gate weight that multiplies the expert's output and `f` the raw expert output. Means and
-second moments merge exactly by Chan's formula, everything else by addition.
+second moments merge exactly by Chan's formula, everything else by addition. One statistic does not
+merge exactly, `pair_error` (see `LayerStats.merge`). Files of version 1 lack what is `OPTIONAL`.
 """
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from mone_edge.errors import MoneEdgeError
 from mone_edge.paths import atomic_write, is_file
 
 FORMAT = "mone-edge-stats"
-VERSION = 1
+VERSION = 2
+READABLE = (1, 2)
 
 Float = NDArray[np.float64]
 Int = NDArray[np.int64]
@@ -48,6 +50,9 @@ class LayerStats:
     gate_sq_norm_sq_sum: Float  # [E] sum g^2 ||f||^2
     input_sq_sum: Float  # [E, H] sum x^2, x the expert's input
     inner_sq_sum: Float  # [E, I] sum a^2, a the input of the down projection
+    output_max: Float | None = None  # [E] largest |f| of a token and channel
+    pair_gate: Float | None = None  # [E, E] sum g_i g_j over tokens routed to both
+    pair_error: Float | None = None  # [E, E] sum g_i g_j <f_i - mean_i, f_j - mean_j>
 
     @property
     def num_experts(self) -> int:
@@ -58,11 +63,15 @@ class LayerStats:
         experts, width = self.output_mean.shape
         for name in ARRAYS:
             values = getattr(self, name)
-            wide = name in WIDE
+            if values is None and name in OPTIONAL:
+                continue
+            wide = name in WIDE or name in PAIRS
             if values.shape[:1] != (experts,) or values.ndim != (2 if wide else 1):
                 raise ValueError(f"{name} has shape {values.shape} for {experts} experts")
             if name in MEANS and values.shape[1] != width:
                 raise ValueError(f"{name} is {values.shape[1]} wide, not {width}")
+            if name in PAIRS and values.shape[1] != experts:
+                raise ValueError(f"{name} has shape {values.shape} for {experts} experts")
             if not np.isfinite(values).all():
                 raise ValueError(f"{name} is not finite")
         if self.count.sum() != self.tokens * self.top_k:
@@ -71,7 +80,12 @@ class LayerStats:
             )
 
     def merge(self, other: "LayerStats") -> "LayerStats":
-        """The statistics of both sets of tokens together (Chan et al. 1979 for mean and M2)."""
+        """The statistics of both sets of tokens together (Chan et al. 1979 for mean and M2).
+
+        `pair_error` moves with the means as a covariance does, which is exact if the tokens that a
+        pair shares have the same mean output as all tokens of an expert, and else off by the
+        product of two small differences. What one side lacks, the whole lacks.
+        """
         if self.output_mean.shape != other.output_mean.shape or self.top_k != other.top_k:
             raise MoneEdgeError(
                 f"statistics differ in shape: {self.output_mean.shape} top-{self.top_k} "
@@ -88,14 +102,35 @@ class LayerStats:
             output_m2=self.output_m2 + other.output_m2 + delta**2 * share * self.count[:, None],
             gate_sq_mean=self.gate_sq_mean
             + (other.gate_sq_mean - self.gate_sq_mean) * _share(other.gate_sq_sum, gate_sq_sum),
+            output_max=_both(np.maximum, self.output_max, other.output_max),
+            pair_gate=_both(np.add, self.pair_gate, other.pair_gate),
+            pair_error=self._merged_pair_error(other, delta, share),
             **merged,
         )
+
+    def _merged_pair_error(self, other: "LayerStats", delta: Float, share: Float) -> Float | None:
+        if self.pair_gate is None or other.pair_gate is None:
+            return None
+        moved = delta @ delta.T
+        shifts = self.pair_gate * (share * share.T) + other.pair_gate * (
+            (1 - share) * (1 - share.T)
+        )
+        sums = _both(np.add, self.pair_error, other.pair_error)
+        return None if sums is None else sums + shifts * moved
 
 
 MEANS = ("output_mean", "output_m2", "gate_sq_mean")
 WIDE = (*MEANS, "input_sq_sum", "inner_sq_sum")  # [E, ...], the others are [E]
-ADDITIVE = tuple(f.name for f in dataclasses.fields(LayerStats) if f.name not in (*MEANS, "top_k"))
+PAIRS = ("pair_gate", "pair_error")  # [E, E]
+OPTIONAL = ("output_max", *PAIRS)  # since version 2
+ADDITIVE = tuple(
+    f.name for f in dataclasses.fields(LayerStats) if f.name not in (*MEANS, *OPTIONAL, "top_k")
+)
 ARRAYS = tuple(f.name for f in dataclasses.fields(LayerStats) if f.name not in ("tokens", "top_k"))
+
+
+def _both(join: Callable[[Float, Float], Float], a: Float | None, b: Float | None) -> Float | None:
+    return None if a is None or b is None else join(a, b)
 
 
 def _share(part: Float | Int, whole: Float | Int) -> Float:
@@ -180,7 +215,8 @@ class ExpertStats:
 
         tensors: dict[str, NDArray[np.generic]] = {}
         for index, layer in self.layers.items():
-            tensors |= {f"layer.{index}.{name}": getattr(layer, name) for name in ARRAYS}
+            arrays = {name: getattr(layer, name) for name in ARRAYS}
+            tensors |= {f"layer.{index}.{n}": v for n, v in arrays.items() if v is not None}
             tensors[f"layer.{index}.scalars"] = np.array([layer.tokens, layer.top_k])
         for module, linear in self.linears.items():
             tensors[f"linear.{module}"] = np.append(linear.input_sq_sum, linear.count)
@@ -223,9 +259,10 @@ def _header(path: Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:
     if FORMAT not in (metadata or {}):
         raise MoneEdgeError(f"{path} is not a mone-edge statistics file")
     document: dict[str, Any] = parse_json((metadata or {})[FORMAT])
-    if document["version"] != VERSION:
+    if document["version"] not in READABLE:
         raise MoneEdgeError(
-            f"{path} has statistics version {document['version']}, this mone-edge reads {VERSION}"
+            f"{path} has statistics version {document['version']}, this mone-edge reads up to "
+            f"{VERSION}"
         )
     return document
 
@@ -251,7 +288,8 @@ def _assemble(provenance: dict[str, Any], tensors: Mapping[str, NDArray[Any]]) -
 
 def _layer(index: int, tensors: Mapping[str, NDArray[Any]]) -> LayerStats:
     tokens, top_k = map(int, tensors[f"layer.{index}.scalars"])
-    arrays = {name: tensors[f"layer.{index}.{name}"] for name in ARRAYS}
+    names = [n for n in ARRAYS if n not in OPTIONAL or f"layer.{index}.{n}" in tensors]
+    arrays = {name: tensors[f"layer.{index}.{name}"] for name in names}
     layer = LayerStats(tokens, top_k, **arrays)
     try:
         layer.check()
@@ -262,7 +300,7 @@ def _layer(index: int, tensors: Mapping[str, NDArray[Any]]) -> LayerStats:
 
 def empty_layer(experts: int, width: int, inner: int, *, top_k: int) -> LayerStats:
     """A layer that saw nothing: E experts, output and input width D, inner width I."""
-    columns = dict.fromkeys(WIDE, width) | {"inner_sq_sum": inner}
+    columns = dict.fromkeys(WIDE, width) | dict.fromkeys(PAIRS, experts) | {"inner_sq_sum": inner}
     arrays = {
         name: np.zeros((experts, columns[name]) if name in columns else experts)
         for name in ARRAYS

@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mone_edge.criteria import CRITERIA
+from mone_edge import joint
+from mone_edge.criteria import CRITERIA, error_matrix
 from mone_edge.errors import MoneEdgeError, UsageError
 from mone_edge.plan import PrunePlan, make_plan, parse_layers
+from mone_edge.selection import Choice, LayerChoice
 from mone_edge.stats import ExpertStats
 from tests.test_stats import make_stats
 
@@ -73,6 +75,67 @@ def test_equal_scores_lose_the_higher_id() -> None:
     assert plan.kept == {0: (0, 1, 2, 3, 4, 5), 1: (0, 1, 2, 3, 4, 5)}
     plan = make_plan(stats, prune_ratio=0.25, method="routing-score", scope="model")
     assert plan.kept == {0: tuple(range(8)), 1: (0, 1, 2, 3)}
+
+
+def lost(stats: ExpertStats, plan: PrunePlan) -> float:
+    """What the statistics predict that the plan's layers lose together."""
+    matrices = {i: error_matrix(layer, plan.replacement) for i, layer in stats.layers.items()}
+    return sum(joint.error(matrix, plan.pruned(i)) for i, matrix in matrices.items())
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_joint_loses_least(ratio: float) -> None:
+    stats = make_stats(layers=3, experts=8, seed=3)
+    for scope in ("layer", "model", "error"):
+        best = make_plan(stats, prune_ratio=ratio, method="joint", scope=scope)
+        others = [
+            make_plan(stats, prune_ratio=ratio, method=method, scope=scope)
+            for method in ("mone", "replacement-error", "random")
+        ]
+        assert lost(stats, best) <= min(lost(stats, other) for other in others) + 1e-9
+        counts = [len(plan.kept[layer]) for plan in (best, others[0]) for layer in plan.kept]
+        assert sum(counts[:3]) == sum(counts[3:])
+
+
+@pytest.mark.parametrize("method", ["mone", "joint"])
+def test_error_scope_divides_the_count_best(method: str) -> None:
+    """Against every division of 8 experts among 2 layers."""
+    stats = make_stats(layers=2, experts=8, seed=4)
+    louder = stats.layers[1].gate_sq_sum * 9
+    scaled = {name: 9 * getattr(stats.layers[1], name) for name in ("pair_error", "pair_gate")}
+    scaled |= {
+        "gate_sq_sum": louder,
+        "gate_sq_norm_sq_sum": 9 * stats.layers[1].gate_sq_norm_sq_sum,
+    }
+    layers = {0: stats.layers[0], 1: dataclasses.replace(stats.layers[1], **scaled)}
+    stats = ExpertStats(stats.provenance, layers)
+    plan = make_plan(stats, prune_ratio=0.5, method=method, scope="error")
+    choice = Choice(method, "mean", 42, 1, {})
+    errors = [LayerChoice(i, layer, choice).errors() for i, layer in layers.items()]
+    assert lost(stats, plan) == pytest.approx(
+        min(errors[0][n] + errors[1][8 - n] for n in range(1, 8))
+    )
+    assert len(plan.kept[0]) < len(plan.kept[1])
+
+
+def test_super_experts_stay() -> None:
+    stats = make_stats(layers=2, experts=8)
+    for method in ("mone", "joint", "random"):
+        for scope in ("layer", "model", "error"):
+            going = make_plan(stats, prune_ratio=0.5, method=method, scope=scope)
+            layer, victim = next((i, going.pruned(i)[0]) for i in going.kept if going.pruned(i))
+            maxima = np.ones(8)
+            maxima[victim] = 100.0
+            loud = dataclasses.replace(stats.layers[layer], output_max=maxima)
+            quiet = {
+                i: dataclasses.replace(s, output_max=np.ones(8)) for i, s in stats.layers.items()
+            }
+            spared = ExpertStats(stats.provenance, quiet | {layer: loud})
+            plan = make_plan(
+                spared, prune_ratio=0.5, method=method, scope=scope, protect_super=True
+            )
+            assert victim in plan.kept[layer]
+            assert sum(map(len, plan.kept.values())) == 8
 
 
 def test_protected_layers_stay_whole() -> None:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from mone_edge.stats import Float, LayerStats, LinearStats
 
+PAIR_TOKENS = 256  # whose residuals are in the cache at once
+
 
 class LayerAccumulator:
     """The sums behind one LayerStats."""
@@ -41,17 +43,32 @@ class BatchSums:
         self.count = routed.sum(0)
         self.input_sq_sum = routed.T @ hidden.to(self.precision).square()  # [E, H]
         self.columns: dict[str, Tensor] = {}
-        self.scalars = torch.zeros(4, num_experts, dtype=self.precision, device=hidden.device)
+        self.scalars = torch.zeros(5, num_experts, dtype=self.precision, device=hidden.device)
+        self.index = index
+        self.residuals = hidden.new_zeros(0)  # [T, K, D] g (f - mean), in the model's precision
 
-    def add_expert(self, expert: int, gate: Tensor, inner: Tensor, output: Tensor) -> None:
+    def add_expert(
+        self,
+        expert: int,
+        tokens: Tensor,
+        slots: Tensor,
+        gate: Tensor,
+        inner: Tensor,
+        output: Tensor,
+    ) -> None:
         """Record what one expert did.
 
         Args:
             expert: its id.
+            tokens: [n] which tokens were routed to it.
+            slots: [n] as which of their K experts.
             gate: [n] gate weights of the tokens routed to it.
             inner: [n, I] inputs of its down projection.
             output: [n, D] its raw outputs, before the gate weight.
         """
+        if not len(self.residuals):
+            shape = (self.tokens, self.top_k, output.shape[1])
+            self.residuals = output.new_zeros(shape)
         gate, inner, output = (t.to(self.precision) for t in (gate, inner, output))
         gate_sq = gate.square()
         mean = output.mean(0)
@@ -64,12 +81,16 @@ class BatchSums:
         self._column("inner_sq_sum", expert, _column_sq_sum(inner))
         norm = torch.linalg.vector_norm(output, dim=1)  # [n]
         norm_sq = norm.square()
-        sums = (norm.sum(), norm_sq.sum(), gate @ norm, gate_sq @ norm_sq)
+        largest = torch.linalg.vector_norm(output, float("inf"))
+        sums = (norm.sum(), norm_sq.sum(), gate @ norm, gate_sq @ norm_sq, largest)
         self.scalars[:, expert] = torch.stack(sums)
+        self.residuals[tokens, slots] = (centred * gate[:, None]).to(self.residuals.dtype)
 
     def finish(self) -> LayerStats:
         """The batch as statistics."""
-        norm_sum, norm_sq_sum, gate_norm_sum, gate_sq_norm_sq_sum = _float64(self.scalars)
+        norm_sum, norm_sq_sum, gate_norm_sum, gate_sq_norm_sq_sum, output_max = _float64(
+            self.scalars
+        )
         gates = _float64(self.gates)
         gate_sq_sum = np.square(gates).sum(0)
         columns = {name: _float64(values) for name, values in self.columns.items()}
@@ -85,8 +106,22 @@ class BatchSums:
             gate_norm_sum=gate_norm_sum,
             gate_sq_norm_sq_sum=gate_sq_norm_sq_sum,
             input_sq_sum=_float64(self.input_sq_sum),
+            output_max=output_max,
+            pair_gate=gates.T @ gates,
+            pair_error=self._pair_error(),
             **columns,
         )
+
+    def _pair_error(self) -> Float:
+        """[E, E]: of each token the products of its K residuals, added up by pairs of experts."""
+        sums = self.gates.new_zeros(self.num_experts**2)
+        for start in range(0, self.tokens, PAIR_TOKENS):
+            ids = self.index[start : start + PAIR_TOKENS]
+            rows = self.residuals[start : start + PAIR_TOKENS].to(self.precision)  # [t, K, D]
+            products = rows @ rows.mT  # [t, K, K]
+            pairs = ids[:, :, None] * self.num_experts + ids[:, None]
+            sums.index_add_(0, pairs.reshape(-1), products.reshape(-1))
+        return _float64(sums).reshape(self.num_experts, self.num_experts)
 
     def _column(self, name: str, expert: int, values: Tensor) -> None:
         if name not in self.columns:

@@ -28,10 +28,11 @@ class RoutedSums:
         self.num_experts = num_experts
         self.tokens, self.top_k = ids.shape
         flat = ids.reshape(-1).astype(np.int64)
+        self.ids = ids.astype(np.int64)
         self.order = np.argsort(flat, kind="stable")
         self.count = np.bincount(flat, minlength=num_experts)
         routed = np.zeros((self.tokens, num_experts), np.float32)
-        np.put_along_axis(routed, ids.astype(np.int64), 1.0, axis=1)
+        np.put_along_axis(routed, self.ids, 1.0, axis=1)
         self.input_sq_sum = (routed.T @ np.square(inputs)).astype(np.float64)  # [E, H]
         self.inner_sq_sum: Float | None = None
 
@@ -51,10 +52,12 @@ class RoutedSums:
         assert self.inner_sq_sum is not None
         width, gates = outputs.shape[-1], weights.reshape(-1).astype(np.float32)
         mean, m2, gate_sq_mean = (np.zeros((self.num_experts, width)) for _ in range(3))
-        scalars = np.zeros((6, self.num_experts))
+        scalars = np.zeros((7, self.num_experts))
+        residuals = np.zeros((self.tokens * self.top_k, width), np.float32)
         for expert, slots in self._experts():
             rows, gate = _rows(outputs, slots), gates[slots]
             norm_sq = np.einsum("nd,nd->n", rows, rows)
+            largest = max(rows.max(), -rows.min())
             centre = rows.mean(0)
             rows -= centre
             mean[expert], m2[expert] = centre, squared_columns(rows)
@@ -62,8 +65,14 @@ class RoutedSums:
             total = gate_sq.sum(dtype=np.float64)
             if total > 0:  # around the mean, so that near-constant outputs keep their digits
                 gate_sq_mean[expert] = centre + (gate_sq @ rows) / total
-            scalars[:, expert] = _scalar_sums(gate, gate_sq, norm_sq)
-        gate_sum, gate_sq_sum, norm_sum, norm_sq_sum, gate_norm_sum, gate_sq_norm_sq_sum = scalars
+            scalars[:, expert] = [*_scalar_sums(gate, gate_sq, norm_sq), largest]
+            rows *= gate[:, None]
+            residuals[slots] = rows
+        gate_sum, gate_sq_sum, norm_sum, norm_sq_sum, gate_norm_sum, gate_sq_norm_sq_sum = scalars[
+            :6
+        ]
+        dense = np.zeros((self.tokens, self.num_experts))
+        np.put_along_axis(dense, self.ids, gates.reshape(self.ids.shape), axis=1)
         return LayerStats(
             tokens=self.tokens,
             top_k=self.top_k,
@@ -79,7 +88,17 @@ class RoutedSums:
             gate_sq_norm_sq_sum=gate_sq_norm_sq_sum,
             input_sq_sum=self.input_sq_sum,
             inner_sq_sum=self.inner_sq_sum,
+            output_max=scalars[6],
+            pair_gate=dense.T @ dense,
+            pair_error=self._pair_error(residuals.reshape(self.tokens, self.top_k, width)),
         )
+
+    def _pair_error(self, residuals: Values) -> Float:
+        """[T, K, D] g (f - mean) -> [E, E]: products within a token, by pairs of experts."""
+        products = residuals @ residuals.transpose(0, 2, 1)  # [T, K, K]
+        pairs = self.ids[:, :, None] * self.num_experts + self.ids[:, None]
+        sums = np.bincount(pairs.reshape(-1), products.reshape(-1), self.num_experts**2)
+        return np.asarray(sums, np.float64).reshape(self.num_experts, self.num_experts)
 
     def _experts(self) -> Iterator[tuple[int, NDArray[np.int64]]]:
         """Each expert that got tokens, and its slots: token * K + rank."""

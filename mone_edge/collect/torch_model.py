@@ -144,7 +144,7 @@ def _collecting_experts(module: Any, hidden: Tensor, index: Tensor, weights: Ten
     for expert, token, slot in routed(index):
         gate = weights[token, slot]
         inner, output = run_expert(module, expert, hidden[token])
-        batch.add_expert(expert, gate, inner, output)
+        batch.add_expert(expert, token, slot, gate, inner, output)
         result.index_add_(0, token, (output * gate[:, None]).to(result.dtype))
     accumulator.add(batch)
     return result

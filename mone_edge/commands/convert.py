@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mone_edge.source import Checkpoint, Source
     from mone_edge.stats import ExpertStats
 
-PLAN_FIELDS = ("prune_ratio", "method", "scope", "replacement", "protect")
+PLAN_FIELDS = ("prune_ratio", "method", "scope", "replacement", "protect", "protect_super")
 SIZE = re.compile(r"(\d+)([KMG]?)", re.I)
 
 

@@ -32,7 +32,7 @@ def calibration_options(command: Command) -> Command:
 
 
 def plan_options(command: Command) -> Command:
-    """--prune-ratio, --method, --scope, --replacement and --protect."""
+    """--prune-ratio, --method, --scope, --replacement, --protect and --protect-super."""
     options = [
         click.option(
             "--prune-ratio",
@@ -47,6 +47,9 @@ def plan_options(command: Command) -> Command:
             "--replacement", type=click.Choice(REPLACEMENTS), default="mean", show_default=True
         ),
         click.option("--protect", default="", metavar="LAYERS", help="Left whole, as 0,2-4,-1."),
+        click.option(
+            "--protect-super", is_flag=True, help="Keep every expert with extreme activations."
+        ),
     ]
     return _apply(options, command)
 
@@ -58,8 +61,8 @@ def _apply(options: list[Command], command: Command) -> Command:
 
 
 def _known_method(_ctx: click.Context, _param: click.Parameter, value: str) -> str:
-    from mone_edge.criteria import CRITERIA
+    from mone_edge.selection import METHODS
 
-    if value not in CRITERIA:
-        raise click.BadParameter(f"no method {value}; there are {', '.join(CRITERIA)}")
+    if value not in METHODS:
+        raise click.BadParameter(f"no method {value}; there are {', '.join(METHODS)}")
     return value

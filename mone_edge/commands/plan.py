@@ -26,6 +26,7 @@ def command(
     scope: str,
     replacement: str,
     protect: str,
+    protect_super: bool,
     seed: int,
     force: bool,
 ) -> None:
@@ -48,6 +49,7 @@ def command(
         replacement=replacement,
         seed=seed,
         protect=parse_layers(protect, list(measured.layers)),
+        protect_super=protect_super,
         stats_path=str(stats.resolve()),
         stats_sha256=file_sha256(stats),
     )

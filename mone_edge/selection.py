@@ -1,0 +1,159 @@
+"""Which experts of which layer go: criteria, scopes and floors.
+
+In: statistics by layer and the choices of a plan. Out: the ids that go, by layer. Pure.
+
+Scope `layer` removes the same fraction of every layer; `model` makes one ranking over all layers;
+`error` takes the same number as `model`, divided among layers such that the errors that the
+statistics predict add up to the least.
+"""
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from mone_edge import joint
+from mone_edge.criteria import CRITERIA, error_matrix
+from mone_edge.errors import UsageError
+from mone_edge.stats import Float, LayerStats
+
+JOINT = "joint"
+METHODS = (*CRITERIA, JOINT)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a plan chooses experts, and which it must not touch."""
+
+    method: str
+    replacement: str
+    seed: int
+    floor: int  # experts that stay in every layer at least
+    spared: Mapping[int, Collection[int]]  # experts that never go, by layer
+
+
+class LayerChoice:
+    """The experts of one layer, as the method would have them go."""
+
+    def __init__(self, index: int, layer: LayerStats, choice: Choice) -> None:
+        self.index, self.layer, self.choice = index, layer, choice
+        spared = set(choice.spared.get(index, ()))
+        self.candidates = [i for i in range(layer.num_experts) if i not in spared]
+        self.most = min(len(self.candidates), layer.num_experts - choice.floor)
+        if choice.method != JOINT:
+            rng = np.random.default_rng([choice.seed, index])
+            self.scores: Float = CRITERIA[choice.method](layer, rng)
+
+    def first(self, count: int) -> set[int]:
+        """The `count` experts that go first; of equal scores the higher ids."""
+        if self.choice.method == JOINT:
+            return set(joint.solve(self.matrix(), count, self.candidates))
+        order = sorted(self.candidates, key=lambda i: (self.scores[i], -i))
+        return set(order[:count])
+
+    def errors(self) -> Float:
+        """Predicted error [0..most] of removing so many."""
+        matrix = self.matrix()
+        return np.array([joint.error(matrix, self.first(n)) for n in range(self.most + 1)])
+
+    def matrix(self) -> Float:
+        return error_matrix(self.layer, self.choice.replacement)
+
+
+def prune(
+    layers: Mapping[int, LayerStats], scope: str, ratio: float, choice: Choice
+) -> dict[int, set[int]]:
+    """Ids of the experts that go, by layer.
+
+    Raises:
+        UsageError: the ratio leaves too few experts, or the statistics lack what is needed.
+    """
+    choices = {index: LayerChoice(index, layer, choice) for index, layer in layers.items()}
+    if scope == "layer":
+        return _same_in_every_layer(choices, ratio)
+    if scope == "model" and choice.method != JOINT:
+        return _over_model(choices, ratio)
+    return _least_error(choices, ratio)
+
+
+def rounded(value: float) -> int:
+    """Nearest whole number, halves up; 1e-9 absorbs the binary error of ratios like 0.1."""
+    return math.floor(value + 0.5 + 1e-9)
+
+
+def _same_in_every_layer(choices: Mapping[int, LayerChoice], ratio: float) -> dict[int, set[int]]:
+    pruned: dict[int, set[int]] = {}
+    for index, layer in choices.items():
+        experts = layer.layer.num_experts
+        count = rounded(experts * ratio)
+        if count > layer.most:
+            floor = experts - layer.most
+            raise UsageError(_too_few(experts, experts - count, floor, ratio, layer.choice))
+        pruned[index] = layer.first(count)
+    return pruned
+
+
+def _count_over_model(choices: Mapping[int, LayerChoice], ratio: float) -> int:
+    total = sum(layer.layer.num_experts for layer in choices.values())
+    count, most = rounded(total * ratio), sum(layer.most for layer in choices.values())
+    if count > most:
+        some = next(iter(choices.values())).choice
+        raise UsageError(_too_few(total, total - count, total - most, ratio, some))
+    return count
+
+
+def _over_model(choices: Mapping[int, LayerChoice], ratio: float) -> dict[int, set[int]]:
+    """One ranking over all layers; a layer at its floor passes, the next lowest score goes."""
+    count = _count_over_model(choices, ratio)
+    ranking = sorted(
+        (float(layer.scores[expert]), -index, -expert)
+        for index, layer in choices.items()
+        for expert in layer.candidates
+    )
+    pruned: dict[int, set[int]] = {index: set() for index in choices}
+    for _, minus_index, minus_expert in ranking:
+        if count == 0:
+            break
+        if len(pruned[-minus_index]) < choices[-minus_index].most:
+            pruned[-minus_index].add(-minus_expert)
+            count -= 1
+    return pruned
+
+
+def _least_error(choices: Mapping[int, LayerChoice], ratio: float) -> dict[int, set[int]]:
+    """Counts whose predicted errors add up to the least (dynamic programming, exact)."""
+    total = _count_over_model(choices, ratio)
+    best = np.full(total + 1, math.inf)
+    best[0] = 0
+    taken: list[np.ndarray] = []
+    for layer in choices.values():
+        errors = layer.errors()
+        # [removed here, removed so far]: the error of removing so many in this layer
+        options = np.full((len(errors), total + 1), math.inf)
+        for count, cost in enumerate(errors[: total + 1]):
+            options[count, count:] = best[: total + 1 - count] + cost
+        taken.append(options.argmin(axis=0))
+        best = options.min(axis=0)
+    pruned: dict[int, set[int]] = {}
+    for (index, layer), counts in reversed(list(zip(choices.items(), taken, strict=True))):
+        count = int(counts[total])
+        pruned[index] = layer.first(count)
+        total -= count
+    return pruned
+
+
+def _too_few(experts: int, left: int, floor: int, ratio: float, choice: Choice) -> str:
+    largest = math.floor((experts - floor) / experts * 10_000) / 10_000
+    drops = choice.replacement == "drop"
+    if choice.spared:
+        reason = f"{floor} must stay with --protect-super"
+    elif drops:
+        reason = f"the router selects top_k={floor} among those that stay"
+    else:
+        reason = f"{floor} must stay (one per layer)"
+    remedy = ", or use --replacement mean" if drops else ""
+    return (
+        f"--prune-ratio {ratio:g} leaves {left} of {experts} experts, and {reason}: "
+        f"reduce --prune-ratio to at most {largest:g}{remedy}"
+    )
