@@ -7,7 +7,8 @@ byte, under the name it had. Importing this module also makes `from_pretrained` 
 "mean", "gate2-mean", "zero": keys of pruned experts are left out, the others keep their expert's
 id, routers are untouched; a pruned expert leaves `<expert>.approx_value`, its novice [D] in
 float32, and config.json names the pruned ids (`approximate_experts`) and the plan
-(`quantization_config`).
+(`quantization_config`). "rank": `approx_value` is the bias of the fitted novice, beside it are
+`<expert>.approx_down` [r, H] and `<expert>.approx_up` [D, r].
 "drop": keys of kept experts are numbered 0 to K-1, routers are cut to K rows, config.json says K:
 an ordinary checkpoint, which needs nothing of ours.
 """
@@ -16,7 +17,6 @@ import dataclasses
 import functools
 import json
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,8 +32,9 @@ from mone_edge.collect.experts import experts_modules
 from mone_edge.collect.streaming import module_names, on_meta
 from mone_edge.config import EXPERT_COUNT_KEYS
 from mone_edge.errors import MoneEdgeError
-from mone_edge.plan import UNKNOWN_METHOD, PrunePlan
-from mone_edge.recipe import MEASURED
+from mone_edge.low_rank import LowRankNovices
+from mone_edge.plan import PrunePlan
+from mone_edge.recipe import MEASURED, low_rank
 from mone_edge.safetensors_file import SHARD_BYTES, Entry, write_shards
 from mone_edge.safetensors_header import TensorRef, item_bytes
 from mone_edge.source import (
@@ -41,7 +42,7 @@ from mone_edge.source import (
     PRUNED_METHOD,
     Checkpoint,
 )
-from mone_edge.stats import ExpertStats, LayerStats, Provenance, empty_layer
+from mone_edge.stats import ExpertStats
 
 FORMAT_VERSION = 1
 COPY_BYTES = 16 << 20  # read and written at once
@@ -79,6 +80,7 @@ def prune_checkpoint(
     stats: ExpertStats | None,
     folder: Path,
     *,
+    fitted: LowRankNovices | None = None,
     force: bool = False,
     shard_bytes: int = SHARD_BYTES,
     progress: Progress = lambda done, total: None,
@@ -87,6 +89,7 @@ def prune_checkpoint(
 
     Args:
         stats: needed where novices come from them (`recipe.MEASURED`).
+        fitted: needed where novices are of low rank.
         folder: must not exist, unless `force`; then a checkpoint folder is replaced.
 
     Raises:
@@ -104,8 +107,8 @@ def prune_checkpoint(
         )
     if plan.replacement in MEASURED and stats is None:
         raise MoneEdgeError("novices come from statistics: give them with --stats")
-    entries = _entries(source, plan, stats)
-    config = _config(source, plan)
+    entries = _entries(source, plan, stats, fitted)
+    config = _config(source, plan, fitted)
     _require_space(folder.parent, sum(entry.size for entry in entries))
     scratch = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
@@ -148,7 +151,9 @@ def require_target(source: Checkpoint, folder: Path, *, force: bool) -> None:
         raise MoneEdgeError(f"cannot write in {folder.parent}: {error.strerror}") from error
 
 
-def _entries(source: Checkpoint, plan: PrunePlan, stats: ExpertStats | None) -> list[Entry]:
+def _entries(
+    source: Checkpoint, plan: PrunePlan, stats: ExpertStats | None, fitted: LowRankNovices | None
+) -> list[Entry]:
     """Every tensor of the pruned checkpoint, in the order of the source's files."""
     model = on_meta(source)
     blocks = _blocks(model, plan)
@@ -172,7 +177,7 @@ def _entries(source: Checkpoint, plan: PrunePlan, stats: ExpertStats | None) -> 
         raise MoneEdgeError(f"{source.name} holds no weights for {missing[0]}")
     if plan.replacement != "drop":
         for block in blocks:
-            entries += _novices(prefixes[block.layer], block, plan, stats)
+            entries += _novices(prefixes[block.layer], block, plan, stats, fitted)
     return entries
 
 
@@ -256,98 +261,33 @@ def _read(ref: TensorRef, start: int, size: int) -> Iterator[bytes]:
             yield data
 
 
-def read_plan(source: Checkpoint) -> PrunePlan:
-    """The plan that a pruned checkpoint carries.
-
-    A checkpoint of another MoNE pruner names its pruned experts only (`approximate_experts`).
-
-    Raises:
-        MoneEdgeError: config.json holds no plan, or one that does not fit.
-    """
-    where = str(source.path / "config.json")
-    if source.pruned_plan:
-        return PrunePlan.parse(source.pruned_plan, where)
-    layers = sorted({layer for layer, _, _ in _expert_keys(source)})
-    total = source.num_experts
-    pruned = {layer: set(map(int, source.novice_ids.get(str(layer), ()))) for layer in layers}
-    removed = sum(map(len, pruned.values()))
-    document = {
-        "model": source.name,
-        "fingerprint": source.fingerprint,
-        "method": UNKNOWN_METHOD,
-        "scope": "model",
-        "replacement": "mean",
-        "prune_ratio": removed / max(1, total * len(layers)),
-        "top_k": source.top_k,
-        "num_experts": dict.fromkeys(layers, total),
-        "kept": {i: [e for e in range(total) if e not in pruned[i]] for i in layers},
-        "protect": [],
-    }
-    return PrunePlan.parse(document, where)
-
-
-def read_novices(source: Checkpoint, plan: PrunePlan) -> ExpertStats:
-    """The novices of a pruned checkpoint, as statistics: its vectors are their means.
-
-    Raises:
-        MoneEdgeError: a pruned expert has no novice.
-    """
-    refs = {
-        (layer, expert): source.tensors[key]
-        for layer, expert, key in _expert_keys(source)
-        if key.endswith(f".{novices.APPROX_VALUE}")
-    }
-    layers: dict[int, LayerStats] = {}
-    for layer, total in plan.num_experts.items():
-        missing = [e for e in plan.pruned(layer) if (layer, e) not in refs]
-        if missing:
-            raise MoneEdgeError(f"{source.name}: layer {layer} has no novice for {missing[0]}")
-        vectors = {e: _values(refs[layer, e]) for e in plan.pruned(layer)}
-        width = max((v.size for v in vectors.values()), default=1)
-        layers[layer] = empty_layer(total, width, 1, top_k=plan.top_k)
-        for expert, vector in vectors.items():
-            layers[layer].output_mean[expert] = vector
-            layers[layer].gate_sq_mean[expert] = vector
-    made = Provenance(source.name, source.base_fingerprint, source.architecture)
-    return ExpertStats(made, layers)
-
-
-def _expert_keys(source: Checkpoint) -> Iterator[tuple[int, int, str]]:
-    """(layer, expert, key) of every tensor of a single expert."""
-    for key in source.tensors:
-        match, block = EXPERT_KEY.fullmatch(key), re.search(r"\blayers\.(\d+)\.", key)
-        if match and block:
-            yield int(block[1]), int(match["id"]), key
-
-
-def _values(ref: TensorRef) -> Any:
-    """A small tensor as float64."""
-    data = b"".join(_read(ref, 0, ref.size))
-    if ref.dtype == "BF16":
-        return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4").astype(np.float64)
-    if ref.dtype not in ("F64", "F32", "F16"):
-        raise MoneEdgeError(f"{ref.file}: a novice of type {ref.dtype}")
-    return np.frombuffer(data, f"<f{item_bytes(ref.dtype)}").astype(np.float64)
-
-
 def _novices(
-    prefix: str, block: _Block, plan: PrunePlan, stats: ExpertStats | None
+    prefix: str,
+    block: _Block,
+    plan: PrunePlan,
+    stats: ExpertStats | None,
+    fitted: LowRankNovices | None,
 ) -> Iterator[Entry]:
     pruned = plan.pruned(block.layer)
-    vectors = np.zeros((len(pruned), block.width), dtype="<f4")
-    if stats is not None:
-        vectors[:] = novices.vectors(plan, stats, block.layer)[len(plan.kept[block.layer]) :]
-    for expert, vector in zip(pruned, vectors, strict=True):
-        data = vector.tobytes()
-        name = f"{prefix}{expert}.{novices.APPROX_VALUE}"
-        yield Entry(name, "F32", (block.width,), len(data), functools.partial(_once, data))
+    if not pruned:
+        return
+    stacks = {novices.APPROX_VALUE: np.zeros((len(pruned), block.width), dtype=np.float32)}
+    if plan.replacement != "zero":
+        rows = novices.vectors(plan, stats, block.layer, fitted)
+        stacks[novices.APPROX_VALUE] = rows[len(plan.kept[block.layer]) :]
+    if found := novices.matrices(plan, fitted, block.layer):
+        stacks |= {novices.APPROX_DOWN: found.down, novices.APPROX_UP: found.up}
+    for part, stack in stacks.items():
+        for expert, values in zip(pruned, stack, strict=True):
+            pieces = functools.partial(_once, values)
+            yield Entry(f"{prefix}{expert}.{part}", "F32", values.shape, values.nbytes, pieces)
 
 
-def _once(data: bytes) -> Iterator[bytes]:
-    yield data
+def _once(values: Any) -> Iterator[bytes]:
+    yield values.astype("<f4").tobytes()
 
 
-def _config(source: Checkpoint, plan: PrunePlan) -> dict[str, Any]:
+def _config(source: Checkpoint, plan: PrunePlan, fitted: LowRankNovices | None) -> dict[str, Any]:
     """config.json of the pruned checkpoint."""
     config: dict[str, Any] = json.loads(json.dumps(source.config))
     nested = config.get("text_config")
@@ -361,6 +301,9 @@ def _config(source: Checkpoint, plan: PrunePlan) -> dict[str, Any]:
             "version": FORMAT_VERSION,
             "plan": {k: _by_layer(v) for k, v in document.items()},
         }
+        if low_rank(plan.replacement):
+            layers = novices.require_fitted(plan, fitted).layers
+            config["quantization_config"]["novice_rank"] = {str(i): layers[i].width for i in layers}
         text["approximate_experts"] = {str(i): list(plan.pruned(i)) for i in sorted(plan.kept)}
         return config
     counts = {len(ids) for ids in plan.kept.values()}

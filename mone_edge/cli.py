@@ -23,6 +23,7 @@ COMMANDS = {
     "stats": "Measure every expert of a model on calibration text.",
     "merge-stats": "Add up statistics files of one model.",
     "plan": "Decide which experts go, from statistics.",
+    "fit": "Fit low-rank novices for the experts that a plan removes.",
     "prune": "Carry out a plan on a checkpoint or GGUF, at its own precision.",
     "run": "Generate text with a GGUF.",
     "serve": "Serve a GGUF with llama.cpp's OpenAI-compatible server.",

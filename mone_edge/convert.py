@@ -26,6 +26,7 @@ from mone_edge import imatrix as imatrices
 from mone_edge.conversion import UNQUANTISED, packages
 from mone_edge.errors import MoneEdgeError
 from mone_edge.imatrix import Imatrix
+from mone_edge.low_rank import LowRankNovices
 from mone_edge.model_file import Array, LazyTensor, ModelFile
 from mone_edge.paths import existing_folder, expand, parent_folder
 from mone_edge.plan import PrunePlan
@@ -76,6 +77,7 @@ def prepare(
     *,
     plan: PrunePlan | None = None,
     stats: ExpertStats | None = None,
+    fitted: LowRankNovices | None = None,
 ) -> list[Job]:
     """Everything that can be refused, refused; everything that can be decided, decided.
 
@@ -83,6 +85,7 @@ def prepare(
         outfiles: file type (canonical name) -> path.
         plan: None leaves every expert.
         stats: for novices and, with `--imatrix auto`, the importance matrix.
+        fitted: the novices of a plan with replacement "rank".
 
     Raises:
         MoneEdgeError: plan or statistics are of another model, llama.cpp cannot hold the result,
@@ -98,7 +101,7 @@ def prepare(
     _require_other_files(source, outfiles)
     whole = source.open(tokenizer_pre=recipe.tokenizer_pre)
     imatrix = _imatrix(whole, recipe, stats)
-    model = prune.apply_plan(whole, plan, stats) if plan else whole
+    model = prune.apply_plan(whole, plan, stats, fitted) if plan else whole
     if plan and imatrix:
         imatrix = _kept_rows(imatrix, plan)
     if plan:
@@ -175,6 +178,7 @@ def _job(
             imatrix=imatrix,
             requantise=source.keeps_types,
         )
+    types |= quantize.novice_types(model, outtype)
     if outtype != KEEP:
         model = _with_file_type(model, outtype)
     used = None if outtype in (KEEP, *UNQUANTISED) else imatrix

@@ -24,6 +24,8 @@ from mone_edge.source import Progress, Source, is_gguf
 if TYPE_CHECKING:
     from mone_edge.calibration import Batches, Tokenizer
     from mone_edge.collect.work import Work
+    from mone_edge.low_rank import LowRankNovices
+    from mone_edge.plan import PrunePlan
     from mone_edge.stats import ExpertStats
 
 PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
@@ -127,6 +129,27 @@ class GgufSource(Source):
             fingerprint=self.fingerprint,
             threads=threads,
             on_progress=progress,
+        )
+
+    def fit(
+        self,
+        plan: "PrunePlan",
+        batches: "Batches",
+        work: "Work",
+        *,
+        device: str = "auto",
+        threads: int | None = None,
+        progress: Progress | None = None,
+    ) -> "LowRankNovices":
+        """Not there yet.
+
+        Raises:
+            UsageError: always.
+        """
+        del batches, work, device, threads, progress
+        raise UsageError(
+            f"--replacement {plan.replacement}: low-rank novices are fitted to checkpoints only, "
+            f"and {self.name} is a GGUF; use gate2-mean, or the checkpoint it was made from"
         )
 
     def require_device(self, device: str) -> None:

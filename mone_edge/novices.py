@@ -1,49 +1,91 @@
 """What stands in for a pruned expert: its vectors for a file, or a torch model that uses them.
 
-In: a plan, the statistics it was made from, and (for `apply`) a transformers model in memory. Out:
-novice vectors in the plan's order, or the same model pruned, the oracle for the patched llama.cpp.
-Knows nothing about files or quantising.
+In: a plan, the statistics it was made from or the novices that were fitted for it, and (for
+`apply`) a transformers model in memory. Out: novice vectors in the plan's order, or the same model
+pruned, the oracle for the patched llama.cpp. Knows nothing about files or quantising.
 """
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mone_edge.errors import MoneEdgeError
+from mone_edge.low_rank import LayerNovices, LowRankNovices
 from mone_edge.plan import PrunePlan
-from mone_edge.recipe import MEASURED
+from mone_edge.recipe import MEASURED, low_rank
 from mone_edge.stats import ExpertStats
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 IMPLEMENTATION = "mone-edge-novices"
-APPROX_VALUE = "approx_value"  # name of a novice in a checkpoint: <expert>.approx_value
+# Names of a novice's parts in a checkpoint, as <expert>.approx_value
+APPROX_VALUE, APPROX_DOWN, APPROX_UP = "approx_value", "approx_down", "approx_up"
 _NOVICES = "_mone_edge_novices"
 
 
-def vectors(plan: PrunePlan, stats: ExpertStats, layer: int) -> NDArray[np.float32]:
+def vectors(
+    plan: PrunePlan,
+    stats: ExpertStats | None,
+    layer: int,
+    fitted: LowRankNovices | None = None,
+) -> NDArray[np.float32]:
     """What each expert id of the pruned layer adds to its output before the gate weight.
 
     Returns:
         [experts, D] in `plan.order(layer)`: zero rows for kept experts; for pruned ones
         `sum f / n` under "mean" (MoNE, arXiv 2507.00390), `sum g^2 f / sum g^2` under "gate2-mean"
-        (the constant that minimises `sum g^2 ||f - c||^2`, what the layer's output loses), zeros
-        under "zero" and for an expert that no token reached.
+        (the constant that minimises `sum g^2 ||f - c||^2`, what the layer's output loses), the bias
+        of the fitted novice under "rank", zeros under "zero" and for an expert that no token
+        reached.
 
     Raises:
-        MoneEdgeError: the plan drops experts, or the statistics are of another model.
+        MoneEdgeError: the plan drops experts, what its novices come from is missing, or is of
+            another model.
     """
-    require_match(plan, stats)
     if plan.replacement == "drop":
         raise MoneEdgeError("a plan with --replacement drop has no novices")
+    if low_rank(plan.replacement):
+        rows = require_fitted(plan, fitted).layers[layer].bias
+        kept = np.zeros((len(plan.kept[layer]), rows.shape[1]), dtype=np.float32)
+        return np.concatenate([kept, rows])
+    if stats is None:
+        raise MoneEdgeError("novices come from statistics: give them with --stats")
+    require_match(plan, stats)
     measured = stats.layers[layer]
     novices = np.zeros(measured.output_mean.shape, dtype=np.float32)
     if plan.replacement in MEASURED:
         means = measured.output_mean if plan.replacement == "mean" else measured.gate_sq_mean
         novices[len(plan.kept[layer]) :] = means[list(plan.pruned(layer))]
     return novices
+
+
+def matrices(plan: PrunePlan, fitted: LowRankNovices | None, layer: int) -> LayerNovices | None:
+    """The low-rank novices of a layer, in the order of `plan.pruned(layer)`.
+
+    None where its novices are constants, or it has none.
+    """
+    if not low_rank(plan.replacement) or not plan.pruned(layer):
+        return None
+    found = require_fitted(plan, fitted).layers[layer]
+    return found if found.width else None
+
+
+def require_fitted(plan: PrunePlan, fitted: LowRankNovices | None) -> LowRankNovices:
+    """The fitted novices of a plan that needs them.
+
+    Raises:
+        MoneEdgeError: there are none, or they are of another plan.
+    """
+    if fitted is None:
+        raise MoneEdgeError(
+            f"--replacement {plan.replacement} needs fitted novices: make them with mone-edge fit "
+            "MODEL --plan FILE, and give them with --novices"
+        )
+    fitted.require_match(plan)
+    return fitted
 
 
 def require_match(plan: PrunePlan, stats: ExpertStats) -> None:
@@ -71,7 +113,12 @@ def require_shape(plan: PrunePlan, experts: dict[int, int], other: str) -> None:
         raise MoneEdgeError(f"the plan is for {wanted}, {other} {found}")
 
 
-def apply(model: Any, plan: PrunePlan, stats: ExpertStats) -> Any:
+def apply(
+    model: Any,
+    plan: PrunePlan,
+    stats: ExpertStats | None,
+    fitted: LowRankNovices | None = None,
+) -> Any:
     """Prune a transformers model in memory, in place, and return it.
 
     All but "drop" keep the router whole: a routed pruned expert adds its gate weight times its
@@ -79,11 +126,12 @@ def apply(model: Any, plan: PrunePlan, stats: ExpertStats) -> Any:
     among the kept experts only.
 
     Raises:
-        MoneEdgeError: the plan does not fit the model or the statistics.
+        MoneEdgeError: the plan does not fit the model, the statistics or the fitted novices.
     """
     from mone_edge.collect.experts import experts_modules
 
-    require_match(plan, stats)
+    if stats is not None:
+        require_match(plan, stats)
     modules = experts_modules(model)
     found = {index: len(module.down_proj) for index, (_, module) in modules.items()}
     require_shape(plan, found, "the model has")
@@ -91,23 +139,61 @@ def apply(model: Any, plan: PrunePlan, stats: ExpertStats) -> Any:
         if plan.replacement == "drop":
             _drop(model, name, module, plan.kept[index])
         else:
-            _install(module, plan, stats, index)
+            pruned, biases = plan.pruned(index), np.zeros((0, 1), np.float32)
+            if pruned:
+                biases = vectors(plan, stats, index, fitted)[len(plan.kept[index]) :]
+            install(module, pruned, biases, matrices(plan, fitted, index))
     if plan.replacement != "drop":
-        model.set_experts_implementation(_registered())
+        model.set_experts_implementation(implementation())
     return model
 
 
-def _install(module: Any, plan: PrunePlan, stats: ExpertStats, layer: int) -> None:
-    """Give an experts module its novices, by original id: {pruned expert: vector [D]}."""
+@dataclass(frozen=True)
+class Novice:
+    """What a pruned expert makes of its inputs [n, H]: `bias + up @ down @ x`, or the bias."""
+
+    bias: "Tensor"  # [D]
+    down: "Tensor | None" = None  # [r, H]
+    up: "Tensor | None" = None  # [D, r]
+
+    def __call__(self, inputs: "Tensor") -> "Tensor":
+        """[n, D], or [1, D] for a constant."""
+        if self.down is None or self.up is None:
+            return self.bias[None]
+        return self.bias + (inputs @ self.down.T) @ self.up.T
+
+
+def install(
+    module: Any,
+    pruned: tuple[int, ...],
+    biases: NDArray[np.float32],
+    matrices: LayerNovices | None,
+    *,
+    dtype: Any = None,
+) -> None:
+    """Give an experts module its novices, by original id.
+
+    Args:
+        biases: [P, D] in the order of `pruned`.
+        matrices: the same experts', if they are more than constants.
+        dtype: default: that of the experts.
+    """
     import torch
 
-    rows = vectors(plan, stats, layer)[len(plan.kept[layer]) :]
     like = module.down_proj
-    table = torch.from_numpy(rows).to(device=like.device, dtype=like.dtype)
-    setattr(module, _NOVICES, dict(zip(plan.pruned(layer), table, strict=True)))
+
+    def tensors(values: NDArray[np.float32]) -> "Tensor":
+        return torch.from_numpy(np.array(values)).to(like.device, dtype or like.dtype)
+
+    columns = [tensors(biases)]
+    if matrices is not None:
+        columns += [tensors(matrices.down), tensors(matrices.up)]
+    novices = [Novice(*parts) for parts in zip(*columns, strict=True)]
+    setattr(module, _NOVICES, dict(zip(pruned, novices, strict=True)))
 
 
-def _registered() -> str:
+def implementation() -> str:
+    """Name of the experts function that runs modules which `install` was called on."""
     from mone_edge.collect.experts import register
 
     register(IMPLEMENTATION, _experts_with_novices)
@@ -117,14 +203,15 @@ def _registered() -> str:
 def _experts_with_novices(
     module: Any, hidden: "Tensor", index: "Tensor", weights: "Tensor"
 ) -> "Tensor":
-    """Eager experts with constants for the pruned ones: [T,H], [T,K], [T,K] -> [T,H]."""
+    """Eager experts with novices for the pruned ones: [T,H], [T,K], [T,K] -> [T,H]."""
     from mone_edge.collect.experts import routed, run_expert
 
-    novices: dict[int, Tensor] = getattr(module, _NOVICES)
+    novices: dict[int, Novice] = getattr(module, _NOVICES)
     result = hidden.new_zeros(len(hidden), _output_width(module))
     for expert, token, slot in routed(index):
         novice = novices.get(expert)
-        output = run_expert(module, expert, hidden[token])[1] if novice is None else novice[None]
+        inputs = hidden[token]
+        output = run_expert(module, expert, inputs)[1] if novice is None else novice(inputs)
         result.index_add_(0, token, (output * weights[token, slot, None]).to(result.dtype))
     return result
 

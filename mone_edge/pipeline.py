@@ -8,17 +8,22 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-from mone_edge import __version__, convert, demo, quantize
+from mone_edge import __version__, convert, demo, novices, quantize
 from mone_edge import calibration as text
+from mone_edge.calibration import Batches
 from mone_edge.collect.work import Work
-from mone_edge.errors import MoneEdgeError
+from mone_edge.errors import MoneEdgeError, UsageError
+from mone_edge.fit import Limits
+from mone_edge.low_rank import LayerNovices, LowRankNovices, empty_novices
 from mone_edge.model_file import ModelFile
 from mone_edge.paths import cache_dir, expand, is_file
 from mone_edge.plan import PrunePlan, make_plan
-from mone_edge.recipe import MEASURED, Calibration, Recipe
+from mone_edge.recipe import MEASURED, Calibration, Recipe, low_rank
 from mone_edge.source import Source
 from mone_edge.stats import VERSION as STATS_VERSION
 from mone_edge.stats import ExpertStats, LayerStats, Provenance, empty_layer, file_sha256
+
+EXPERT_PARTS = ("gate", "up", "down", "gate_up")
 
 Progress = Callable[[int, int], None]
 Say = Callable[[str], None]
@@ -49,16 +54,7 @@ def calibrate(
     if source.is_pruned:
         raise MoneEdgeError(f"{source.name} is pruned already: measure the model it was made from")
     source.require_device(device)
-    batches = text.load(
-        calibration.data,
-        source.tokenizer(),
-        samples=calibration.samples,
-        seq_len=calibration.seq_len,
-        seed=calibration.seed,
-        offline=offline,
-    )
-    if batches.short:
-        warn(batches.short)
+    batches = _read(source, calibration, offline, warn)
     stats = source.collect(
         batches,
         device=device,
@@ -78,16 +74,81 @@ def calibrate(
     return stats
 
 
+def _read(source: Source, calibration: Calibration, offline: bool, warn: Say) -> Batches:
+    batches = text.load(
+        calibration.data,
+        source.tokenizer(),
+        samples=calibration.samples,
+        seq_len=calibration.seq_len,
+        seed=calibration.seed,
+        offline=offline,
+    )
+    if batches.short:
+        warn(batches.short)
+    return batches
+
+
+def fit(
+    source: Source,
+    plan: PrunePlan,
+    calibration: Calibration,
+    work: Work,
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    offline: bool = False,
+    progress: Progress | None = None,
+    warn: Say = lambda message: None,
+) -> LowRankNovices:
+    """Fit low-rank novices to what a plan's experts do on calibration text.
+
+    Raises:
+        MoneEdgeError: the plan has constant novices, or is of another model.
+    """
+    from mone_edge.collect.distributed import world
+
+    if world().size > 1:
+        raise UsageError("fit is one process; start it without torchrun")
+    if source.is_pruned:
+        raise MoneEdgeError(f"{source.name} is pruned already: fit to the model it was made from")
+    if not low_rank(plan.replacement):
+        raise MoneEdgeError(
+            f"the plan says --replacement {plan.replacement}, which needs no fit; make it with "
+            "--replacement rank (or rank-16)"
+        )
+    if plan.fingerprint != source.fingerprint:
+        raise MoneEdgeError(
+            f"the plan is of {plan.model} ({plan.fingerprint[:12]}), "
+            f"not of {source.name} ({source.fingerprint[:12]})"
+        )
+    source.require_device(device)
+    batches = _read(source, calibration, offline, warn)
+    fitted = source.fit(plan, batches, work, device=device, threads=threads, progress=progress)
+    if said := fitted.shortfall():
+        warn(said)
+    return fitted
+
+
 def cached_stats(source: Source, calibration: Calibration) -> Path:
     """Where the statistics of this model on this text are kept."""
+    return _cached("stats", source, calibration)
+
+
+def cached_novices(source: Source, plan: PrunePlan, calibration: Calibration) -> Path:
+    """Where the low-rank novices of this plan, fitted on this text, are kept."""
+    return _cached("novices", source, calibration, plan.sha256())
+
+
+def _cached(kind: str, source: Source, calibration: Calibration, more: str = "") -> Path:
+    """A place in the cache for what is made from a model and text."""
     digest = hashlib.sha256(
-        f"{__version__} {STATS_VERSION} {source.fingerprint} {calibration}".encode()
+        f"{__version__} {STATS_VERSION} {source.fingerprint} {calibration}{more}".encode()
     )
     for spec in calibration.data or (str(demo.calibration_text()),):
         place = expand(text.split_weight(spec)[0])
         if is_file(place):
             digest.update(file_sha256(place).encode())
-    return cache_dir() / "stats" / f"{source.label}-{digest.hexdigest()[:16]}.safetensors"
+    return cache_dir() / kind / f"{source.label}-{digest.hexdigest()[:16]}.safetensors"
 
 
 def plan_from_stats(recipe: Recipe, stats: ExpertStats, path: Path) -> PrunePlan:
@@ -125,6 +186,23 @@ def stats_of_plan(plan: PrunePlan, given: Path | None) -> ExpertStats | None:
     return ExpertStats.load(path)
 
 
+def novices_of_plan(plan: PrunePlan, given: Path | None) -> LowRankNovices | None:
+    """The fitted novices that a plan needs, None if it needs none.
+
+    Raises:
+        MoneEdgeError: none are given where they are needed, or some where they are not.
+    """
+    if not low_rank(plan.replacement):
+        if given:
+            raise MoneEdgeError(
+                f"--novices {given}: the plan says --replacement {plan.replacement}, which has "
+                "no fitted novices"
+            )
+        return None
+    fitted = LowRankNovices.load(given) if given else None
+    return novices.require_fitted(plan, fitted)
+
+
 def rehearse(
     source: Source, recipe: Recipe, outfiles: dict[str, Path], plan: PrunePlan | None = None
 ) -> list[convert.Job]:
@@ -145,9 +223,27 @@ def rehearse(
             protect=recipe.protect,
             protect_super=recipe.protect_super,
         )
-    jobs = convert.prepare(source, recipe, outfiles, plan=plan, stats=stats if plan else None)
+    fitted = _shape_of_novices(plan, stats, model) if plan and low_rank(plan.replacement) else None
+    jobs = convert.prepare(
+        source, recipe, outfiles, plan=plan, stats=stats if plan else None, fitted=fitted
+    )
     quantize.require_loadable(jobs[0].model, source.name)
     return jobs
+
+
+def _shape_of_novices(plan: PrunePlan, stats: ExpertStats, model: ModelFile) -> LowRankNovices:
+    """Novices of zeros, of the largest rank that a fit may choose."""
+    layers: dict[int, LayerNovices] = {}
+    for layer, measured in stats.layers.items():
+        if not (pruned := len(plan.pruned(layer))):
+            continue
+        width = measured.output_mean.shape[1]
+        names = (convert.EXPERT_TENSOR.format(layer=layer, part=p) for p in EXPERT_PARTS)
+        weights = sum(model.tensors[name].elements for name in names if name in model.tensors)
+        limits = Limits(plan.replacement, width, width, weights // measured.num_experts)
+        layers[layer] = empty_novices(pruned, width, width, limits.largest)
+    ids = {layer: plan.pruned(layer) for layer in plan.kept}
+    return LowRankNovices(stats.provenance, plan.replacement, ids, layers)
 
 
 def _shape_of_stats(source: Source, model: ModelFile) -> ExpertStats:

@@ -9,6 +9,7 @@ protected, scopes `model` and `error` remove `floor(sum E * ratio + 1/2)` over t
 """
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from mone_edge.criteria import super_experts
 from mone_edge.documents import parse_json, reason, require_keys
 from mone_edge.errors import MoneEdgeError, UsageError
 from mone_edge.paths import atomic_write, is_file
-from mone_edge.recipe import REPLACEMENTS, SCOPES
+from mone_edge.recipe import REPLACEMENTS, SCOPES, is_replacement
 from mone_edge.selection import METHODS, Choice, prune
 from mone_edge.stats import ExpertStats
 
@@ -61,6 +62,11 @@ class PrunePlan:
         """Fraction of experts that really goes (whole experts, so it may differ from the ratio)."""
         total = sum(self.num_experts.values())
         return 1 - sum(len(ids) for ids in self.kept.values()) / total
+
+    def sha256(self) -> str:
+        """Of what is decided: which experts of which weights go, and what replaces them."""
+        decided = (self.fingerprint, self.replacement, sorted(self.kept.items()))
+        return hashlib.sha256(json.dumps(decided).encode()).hexdigest()
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON, atomically."""
@@ -125,7 +131,7 @@ class PrunePlan:
             raise MoneEdgeError(
                 f"{path}: method {self.method!r} with ratio {self.prune_ratio} is not known"
             )
-        if self.scope not in SCOPES or self.replacement not in REPLACEMENTS:
+        if self.scope not in SCOPES or not is_replacement(self.replacement):
             raise MoneEdgeError(
                 f"{path}: scope {self.scope}, replacement {self.replacement}: this mone-edge knows "
                 f"{', '.join(SCOPES)} and {', '.join(REPLACEMENTS)}"
@@ -248,12 +254,12 @@ def _check_choices(
     replacement: str,
     protect: tuple[int, ...],
 ) -> None:
-    for option, value, known in (
-        ("method", method, METHODS),
-        ("scope", scope, SCOPES),
-        ("replacement", replacement, REPLACEMENTS),
+    for option, value, known, right in (
+        ("method", method, METHODS, method in METHODS),
+        ("scope", scope, SCOPES, scope in SCOPES),
+        ("replacement", replacement, REPLACEMENTS, is_replacement(replacement)),
     ):
-        if value not in known:
+        if not right:
             raise UsageError(f"--{option} {value}: choose one of {', '.join(known)}")
     if not 0 <= prune_ratio < 1:
         raise UsageError(

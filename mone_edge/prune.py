@@ -1,22 +1,28 @@
 """A model and a plan -> the pruned model: kept experts only, routers permuted, novices added.
 
-In: a `ModelFile`, a `PrunePlan`, the statistics the novices come from. Out: a `ModelFile` in the
-MoNE format (`docs/format.md`). Lazy like its input: pruned experts are never read.
+In: a `ModelFile`, a `PrunePlan`, the statistics or the fitted novices that go with it. Out: a
+`ModelFile` in the MoNE format (`docs/format.md`). Lazy like its input: pruned experts are never
+read.
 """
 
+import functools
 import re
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from mone_edge import novices
 from mone_edge.conversion import packages
 from mone_edge.errors import MoneEdgeError
+from mone_edge.low_rank import LowRankNovices
 from mone_edge.model_file import LazyTensor, ModelFile, constant
 from mone_edge.plan import PrunePlan
 from mone_edge.stats import ExpertStats
 
 FORMAT_VERSION = 1
 DOWN_BIAS = "blk.{layer}.ffn_down_exps.bias"
+NOVICE = "blk.{layer}.ffn_novice_{part}.weight"
 EXPERT_WEIGHT = re.compile(r"ffn_(gate|up|down|gate_up)_exps\.weight")
 EXPERT_VECTOR = re.compile(r"ffn_(gate|up|down|gate_up)_exps\.(bias|scale)")
 ROUTER = re.compile(r"ffn_gate_inp\.(weight|bias)|exp_probs_b\.bias")
@@ -27,13 +33,19 @@ UNSUPPORTED_ARCH = {
 }
 
 
-def apply_plan(model: ModelFile, plan: PrunePlan, stats: ExpertStats | None) -> ModelFile:
+def apply_plan(
+    model: ModelFile,
+    plan: PrunePlan,
+    stats: ExpertStats | None,
+    fitted: LowRankNovices | None = None,
+) -> ModelFile:
     """The model with the plan carried out.
 
     Args:
         model: unpruned.
         plan: made for the same weights (the caller compares fingerprints).
         stats: needed where novices come from them (`recipe.MEASURED`).
+        fitted: needed where novices are of low rank.
 
     Raises:
         MoneEdgeError: the plan does not fit the model, or the architecture cannot hold it.
@@ -45,7 +57,8 @@ def apply_plan(model: ModelFile, plan: PrunePlan, stats: ExpertStats | None) -> 
         touched = layer in plan.kept and bool(plan.pruned(layer))
         tensors[name] = _pruned_tensor(part, tensor, plan, layer) if touched else tensor
     if plan.replacement != "drop":
-        tensors |= _novice_biases(tensors, plan, stats)
+        tensors |= _novice_biases(tensors, plan, stats, fitted)
+        tensors |= _novice_matrices(plan, fitted)
     return replace(model, tensors=tensors, metadata=model.metadata | _metadata(model, plan))
 
 
@@ -91,7 +104,10 @@ def _pruned_tensor(part: str, tensor: LazyTensor, plan: PrunePlan, layer: int) -
 
 
 def _novice_biases(
-    tensors: dict[str, LazyTensor], plan: PrunePlan, stats: ExpertStats | None
+    tensors: dict[str, LazyTensor],
+    plan: PrunePlan,
+    stats: ExpertStats | None,
+    fitted: LowRankNovices | None,
 ) -> dict[str, LazyTensor]:
     """`ffn_down_exps.bias` of every pruned layer: [experts, width], zero rows for kept experts."""
     biases: dict[str, LazyTensor] = {}
@@ -99,14 +115,23 @@ def _novice_biases(
         name = DOWN_BIAS.format(layer=layer)
         if not plan.pruned(layer) or (plan.replacement == "zero" and name not in tensors):
             continue
-        if stats is None:
-            raise MoneEdgeError("novices come from statistics: give them with --stats")
-        vectors = novices.vectors(plan, stats, layer)
+        vectors = novices.vectors(plan, stats, layer, fitted)
         if name in tensors:  # the model's own biases are part of the measured outputs
             own = tensors[name].read()
             vectors[: len(plan.kept[layer])] = own[: len(plan.kept[layer])]
         biases[name] = constant(vectors)
     return biases
+
+
+def _novice_matrices(plan: PrunePlan, fitted: LowRankNovices | None) -> dict[str, LazyTensor]:
+    """`ffn_novice_down` [P, r, H] and `ffn_novice_up` [P, D, r], an expert read at a time."""
+    tensors: dict[str, LazyTensor] = {}
+    for layer in plan.kept:
+        found = novices.matrices(plan, fitted, layer)
+        for part, stack in (("down", found.down), ("up", found.up)) if found else ():
+            chunks = tuple(functools.partial(np.array, rows) for rows in stack)
+            tensors[NOVICE.format(layer=layer, part=part)] = LazyTensor(stack.shape, chunks)
+    return tensors
 
 
 def _metadata(model: ModelFile, plan: PrunePlan) -> dict[str, Any]:

@@ -19,24 +19,34 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mone_edge.collect.experts import experts_modules, register, routed, run_expert
 from mone_edge.errors import MoneEdgeError
+from mone_edge.novices import Novice
 from mone_edge.plan import PrunePlan
+from mone_edge.recipe import low_rank
 from mone_edge.source import PRUNED_METHOD
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 IMPLEMENTATION = "mone-edge-pruned"
-NOVICES = "novices"  # parameter of an experts module: [pruned experts, D], ids ascending
+# Parameters of an experts module, for pruned experts, ids ascending: [P, D], [P, r, H], [P, D, r]
+NOVICES, NOVICES_DOWN, NOVICES_UP = "novices", "novices_down", "novices_up"
 _ROWS = "_mone_edge_rows"
 
 
 class NoviceConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """`quantization_config` of a pruned checkpoint: the plan that was carried out."""
 
-    def __init__(self, version: int = 0, plan: dict[str, Any] | None = None, **_: Any) -> None:
+    def __init__(
+        self,
+        version: int = 0,
+        plan: dict[str, Any] | None = None,
+        novice_rank: dict[str, int] | None = None,
+        **_: Any,
+    ) -> None:
         self.quant_method = PRUNED_METHOD
         self.version = version
         self.plan = plan or {}
+        self.novice_rank = novice_rank or {}  # of layers whose novices are of low rank
 
 
 class NoviceQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -56,37 +66,65 @@ class NoviceQuantizer(HfQuantizer):  # type: ignore[misc]
             if layer not in plan.kept or plan.num_experts[layer] != len(module.down_proj):
                 raise MoneEdgeError(f"config.json has no plan for {name}")
             _shrink(module, plan, layer)
+            _add_novices(module, len(plan.pruned(layer)), self._rank(plan, layer))
         return model
+
+    def _rank(self, plan: PrunePlan, layer: int) -> int:
+        """Components of the layer's novices; 0 for constants."""
+        if not low_rank(plan.replacement) or not plan.pruned(layer):
+            return 0
+        rank = self.quantization_config.novice_rank.get(str(layer))
+        if type(rank) is not int or rank < 0:
+            raise MoneEdgeError(f"config.json: novice_rank of layer {layer} is {rank!r}")
+        return rank
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         model.set_experts_implementation(IMPLEMENTATION)
         return model
 
     def get_weight_conversions(self) -> list[Any]:
-        """Stack `experts.<id>.approx_value` into the module's novices, ascending ids."""
+        """Stack `experts.<id>.approx_value` (and `approx_down`, `approx_up`) into the module's
+        novices, ascending ids."""
         from transformers.core_model_loading import MergeModulelist, WeightConverter
 
         return [
-            WeightConverter(
-                ["experts.*.approx_value"], f"experts.{NOVICES}", [MergeModulelist(dim=0)]
+            WeightConverter([f"experts.*.{part}"], f"experts.{name}", [MergeModulelist(dim=0)])
+            for part, name in (
+                ("approx_value", NOVICES),
+                ("approx_down", NOVICES_DOWN),
+                ("approx_up", NOVICES_UP),
             )
         ]
 
 
 def _shrink(module: Any, plan: PrunePlan, layer: int) -> None:
-    """Leave room for the kept experts and the novices only (on meta)."""
+    """Leave room for the kept experts only (on meta)."""
     total, kept, pruned = plan.num_experts[layer], plan.kept[layer], plan.pruned(layer)
-    width = module.down_proj.shape[2 if module.is_transposed else 1]
-    dtype = module.down_proj.dtype
     for name, parameter in list(module.named_parameters(recurse=False)):
         if len(parameter) == total:
             rows = parameter.new_empty(len(kept), *parameter.shape[1:])
             setattr(module, name, nn.Parameter(rows, requires_grad=parameter.requires_grad))
-    if pruned:
-        novices = torch.empty(len(pruned), width, dtype=dtype, device=module.down_proj.device)
-        module.register_parameter(NOVICES, nn.Parameter(novices, requires_grad=False))
     rows_of = {expert: row for row, expert in enumerate(kept)}
     setattr(module, _ROWS, rows_of | {expert: ~row for row, expert in enumerate(pruned)})
+
+
+def _add_novices(module: Any, pruned: int, rank: int) -> None:
+    """Leave room for the novices (on meta)."""
+    like = module.down_proj
+    width = like.shape[2 if module.is_transposed else 1]
+    stack = module.gate_up_proj if module.has_gate else module.up_proj
+    inputs = stack.shape[1 if module.is_transposed else 2]
+    shapes: dict[str, tuple[int, ...]] = {NOVICES: (pruned, width)} if pruned else {}
+    if rank:
+        shapes |= {NOVICES_DOWN: (pruned, rank, inputs), NOVICES_UP: (pruned, width, rank)}
+    for name, shape in shapes.items():
+        empty = torch.empty(shape, dtype=like.dtype, device=like.device)
+        module.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+
+
+def _novice(module: Any, row: int) -> Novice:
+    names = (NOVICES, NOVICES_DOWN, NOVICES_UP)
+    return Novice(*(getattr(module, name)[row] for name in names if hasattr(module, name)))
 
 
 def _run_kept_experts(
@@ -98,10 +136,8 @@ def _run_kept_experts(
     result = hidden.new_zeros(len(hidden), width)
     for expert, token, slot in routed(index):
         row = rows[expert]
-        if row >= 0:
-            output = run_expert(module, row, hidden[token])[1]
-        else:
-            output = getattr(module, NOVICES)[~row][None]
+        inputs = hidden[token]
+        output = run_expert(module, row, inputs)[1] if row >= 0 else _novice(module, ~row)(inputs)
         result.index_add_(0, token, (output * weights[token, slot, None]).to(result.dtype))
     return result
 

@@ -37,6 +37,8 @@ DRY_RUN_LINE = re.compile(
 OVERRIDE_FAULT = re.compile(
     r"^(?:parse_tensor_type: |.*failed to quantize: (?=.*regular))(.+)", re.M
 )
+NOVICE_MATRIX = re.compile(r"blk\.\d+\.ffn_novice_(down|up)\.weight")
+NOVICE_BLOCK = 32  # of Q8_0
 F16_MAX = 65504.0
 ROW_BYTES = 1 << 20  # of float input that a thread quantises at a time
 READ_AHEAD = 2  # chunks
@@ -112,6 +114,15 @@ def tensor_types(
             "or name a file"
         )
     return types
+
+
+def novice_types(model: ModelFile, outtype: str) -> dict[str, str]:
+    """The ggml types of the matrices of low-rank novices: that of an unquantised file, else Q8_0,
+    F16 where a row is no whole number of its blocks."""
+    found = {n: t.shape[-1] for n, t in model.tensors.items() if NOVICE_MATRIX.fullmatch(n)}
+    if outtype in UNQUANTISED:
+        return dict.fromkeys(found, outtype)
+    return {name: "F16" if width % NOVICE_BLOCK else "Q8_0" for name, width in found.items()}
 
 
 def require_loadable(model: ModelFile, name: str) -> None:

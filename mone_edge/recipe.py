@@ -7,6 +7,7 @@ the same file. Knows nothing about how any of it is done.
 import dataclasses
 import functools
 import hashlib
+import re
 import reprlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,25 @@ from mone_edge.errors import UsageError
 from mone_edge.paths import atomic_write
 
 SCOPES = ("layer", "model", "error")
-REPLACEMENTS = ("mean", "gate2-mean", "zero", "drop")
+REPLACEMENTS = ("mean", "gate2-mean", "zero", "drop", "rank", "rank-R")
 MEASURED = ("mean", "gate2-mean")  # replacements whose vectors come from statistics
+LOW_RANK = re.compile(r"rank(?:-([1-9]\d{0,3}))?")
+
+
+def is_replacement(name: object) -> bool:
+    """Whether something is what `--replacement` takes: one of `REPLACEMENTS`, R a number."""
+    return isinstance(name, str) and name != "rank-R" and (name in REPLACEMENTS or low_rank(name))
+
+
+def low_rank(replacement: str) -> bool:
+    """Whether novices of this replacement are fitted: "rank" or "rank-16"."""
+    return LOW_RANK.fullmatch(replacement) is not None
+
+
+def rank_of(replacement: str) -> int | None:
+    """The R of "rank-R"; None for "rank", which leaves it to the fit."""
+    match = LOW_RANK.fullmatch(replacement)
+    return int(match[1]) if match and match[1] else None
 
 
 @dataclass(frozen=True)
@@ -156,6 +174,10 @@ def _require_ranges(path: Path, given: dict[str, Any], calibration: dict[str, An
     ratio = given.get("prune_ratio")
     if ratio is not None and not 0 <= ratio < 1:
         raise UsageError(f"{path}: prune_ratio is {ratio}, not 0 <= ratio < 1")
-    for name, known in (("scope", SCOPES), ("replacement", REPLACEMENTS)):
-        if given.get(name) not in (None, *known):
+    replacement = given.get("replacement")
+    for name, known, right in (
+        ("scope", SCOPES, given.get("scope") in (None, *SCOPES)),
+        ("replacement", REPLACEMENTS, replacement is None or is_replacement(replacement)),
+    ):
+        if not right:
             raise UsageError(f"{path}: no {name} {given[name]}; there are {', '.join(known)}")

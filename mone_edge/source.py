@@ -28,7 +28,9 @@ from mone_edge.safetensors_header import TensorRef, read_header, shards
 if TYPE_CHECKING:
     from mone_edge.calibration import Batches, Tokenizer
     from mone_edge.collect.work import Work
+    from mone_edge.low_rank import LowRankNovices
     from mone_edge.model_file import ModelFile
+    from mone_edge.plan import PrunePlan
     from mone_edge.stats import ExpertStats
 
 Progress = Callable[[int, int], None]
@@ -116,6 +118,23 @@ class Source(ABC):
 
         Returns:
             The statistics; None in processes of a torchrun other than the first.
+        """
+
+    @abstractmethod
+    def fit(
+        self,
+        plan: "PrunePlan",
+        batches: "Batches",
+        work: "Work",
+        *,
+        device: str = "auto",
+        threads: int | None = None,
+        progress: Progress | None = None,
+    ) -> "LowRankNovices":
+        """Fit low-rank novices for the experts that a plan prunes.
+
+        Args:
+            work: where what is finished is kept until the caller has saved the novices.
         """
 
     @property
@@ -280,6 +299,25 @@ class Checkpoint(Source):
             work=work,
             progress=progress,
         )
+
+    def fit(
+        self,
+        plan: "PrunePlan",
+        batches: "Batches",
+        work: "Work",
+        *,
+        device: str = "auto",
+        threads: int | None = None,
+        progress: Progress | None = None,
+    ) -> "LowRankNovices":
+        """See `collect.fitting.fit_checkpoint`."""
+        import torch
+
+        from mone_edge.collect.fitting import fit_checkpoint
+
+        if threads:
+            torch.set_num_threads(threads)
+        return fit_checkpoint(self, plan, batches, work, device=device, on_progress=progress)
 
     def require_device(self, device: str) -> None:
         from mone_edge.collect.loading import choose_device

@@ -13,7 +13,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mone_edge import checkpoint, cli, convert, novices, pipeline
+from mone_edge import cli, convert, novices, pipeline, pruned_checkpoint
 from mone_edge.checkpoint import prune_checkpoint
 from mone_edge.collect.loading import load_model
 from mone_edge.conversion import _filled_in, packages
@@ -111,7 +111,7 @@ def test_files_around_the_weights_are_kept(calibrated: Make, tmp_path: Path) -> 
     assert config["num_experts"] == 8
     assert source.is_pruned and not model.source.is_pruned
     assert source.base_fingerprint == model.source.fingerprint != source.fingerprint
-    assert checkpoint.read_plan(source).kept == plan.kept
+    assert pruned_checkpoint.read_plan(source).kept == plan.kept
     assert sorted(p.name for p in tmp_path.iterdir()) == ["p"]
 
 
@@ -178,9 +178,9 @@ def test_other_pruners_checkpoints_are_read(calibrated: Make, tmp_path: Path) ->
     del config["quantization_config"]
     (source.path / "config.json").write_text(json.dumps(config))
     foreign = resolve(str(source.path))
-    found = checkpoint.read_plan(foreign)
+    found = pruned_checkpoint.read_plan(foreign)
     assert dict(found.kept) == dict(plan.kept) and found.num_experts == plan.num_experts
-    means = checkpoint.read_novices(foreign, found)
+    means = pruned_checkpoint.read_novices(foreign, found)
     for layer in plan.kept:
         np.testing.assert_array_equal(
             novices.vectors(found, means, layer), novices.vectors(plan, model.stats, layer)
@@ -233,7 +233,7 @@ def test_a_checkpoint_without_a_novice_is_refused(calibrated: Make, tmp_path: Pa
     index["weight_map"] = {k: v for k, v in index["weight_map"].items() if "approx" not in k}
     (source.path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(MoneEdgeError, match="has no novice for"):
-        checkpoint.read_novices(resolve(str(source.path)), plan)
+        pruned_checkpoint.read_novices(resolve(str(source.path)), plan)
     with pytest.raises(MoneEdgeError, match="weights are missing"):
         load_model(source.path, device="cpu")
 

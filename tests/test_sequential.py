@@ -20,7 +20,7 @@ from mone_edge.collect.sequential import collect_sequential
 from mone_edge.collect.streaming import OUTSIDE, StreamedModel
 from mone_edge.collect.torch_model import collect
 from mone_edge.collect.work import Work, open_work, work_path
-from mone_edge.commands.convert import _measure
+from mone_edge.commands.deciding import Means, measure
 from mone_edge.console import Console
 from mone_edge.errors import MoneEdgeError
 from mone_edge.recipe import Calibration, Recipe
@@ -244,7 +244,8 @@ def test_convert_measures_large_models_layer_by_layer(
     recipe = Recipe("m", calibration=Calibration((str(text),), 4, 32))
     monkeypatch.setattr(Checkpoint, "fits", lambda self, device: False)
     monkeypatch.setattr("mone_edge.collect.torch_model.collect", None)  # it must not be called
-    measured = _measure(Console(quiet=True), sources["qwen3_moe"], recipe, out, "cpu", None, False)
+    how = Means("cpu", None, False)
+    measured = measure(Console(quiet=True), sources["qwen3_moe"], recipe, out, how)
     assert measured.tokens == 128 and out.is_file() and not work_path(out).exists()
 
 

@@ -10,6 +10,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mone_edge.errors import MoneEdgeError
@@ -76,3 +77,8 @@ class HiddenStates:
         if len(data) != size:
             raise MoneEdgeError(f"{self.path} is damaged; remove {self.path.parent}, start again")
         return torch.from_numpy(data).view(self.dtype).reshape(count, *self.shape)
+
+    def take(self, rows: NDArray[np.int64]) -> Tensor:
+        """Some rows, in their order: [len(rows), *shape]."""
+        stored = np.memmap(self.path, np.uint8, "r").reshape(-1, self.row_bytes)
+        return torch.from_numpy(stored[rows]).view(self.dtype).reshape(len(rows), *self.shape)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from mone_edge.commands.deciding import Means, decide, fitted_novices
 from mone_edge.commands.options import calibration_options, plan_options
 from mone_edge.console import Console, common_options, force_option, human_bytes, offline_option
 from mone_edge.errors import UsageError
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from mone_edge.plan import PrunePlan
     from mone_edge.recipe import Recipe
     from mone_edge.source import Checkpoint, Source
-    from mone_edge.stats import ExpertStats
 
 PLAN_FIELDS = ("prune_ratio", "method", "scope", "replacement", "protect", "protect_super")
 SIZE = re.compile(r"(\d+)([KMG]?)", re.I)
@@ -40,6 +40,7 @@ SIZE = re.compile(r"(\d+)([KMG]?)", re.I)
     "--stats", type=click.Path(path_type=Path), help="Statistics, instead of calibrating."
 )
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="A plan to carry out.")
+@click.option("--novices", type=click.Path(path_type=Path), help="Of the plan, from `fit`.")
 @calibration_options
 @click.option("--recipe", type=click.Path(path_type=Path), help="Options from a YAML file.")
 @click.option("--imatrix", default="auto", show_default=True, metavar="auto|none|FILE")
@@ -60,6 +61,7 @@ def command(
     outfile: str | None,
     stats: Path | None,
     plan_file: Path | None,
+    novices: Path | None,
     recipe: Path | None,
     device: str,
     split_max_size: str,
@@ -85,7 +87,7 @@ def command(
     from mone_edge.source import Checkpoint, resolve
 
     split_max_bytes = _bytes(split_max_size)
-    inputs = [path for path in (stats, plan_file) if path]
+    inputs = [path for path in (stats, plan_file, novices) if path]
     plan = PrunePlan.load(plan_file) if plan_file else None
     source = resolve(model, offline=offline)
     chosen = _recipe(ctx, source, options, recipe)
@@ -111,8 +113,10 @@ def command(
     if dry_run:
         _tell_estimate(console, rehearsal)
         return
-    measured, decided = _decide(console, source, chosen, plan, stats, device, threads, offline)
-    jobs = convert.prepare(source, chosen, outfiles, plan=decided, stats=measured)
+    how = Means(device, threads, offline)
+    measured, decided = decide(console, source, chosen, plan, stats, how)
+    fitted = fitted_novices(console, source, chosen, decided, novices, how)
+    jobs = convert.prepare(source, chosen, outfiles, plan=decided, stats=measured, fitted=fitted)
     with console.progress("writing", "B") as progress:
         made = convert.write(
             jobs, chosen, split_max_bytes=split_max_bytes, threads=threads, progress=progress
@@ -160,7 +164,7 @@ def _recipe(
 
 def _plan_inside(ctx: click.Context, source: "Checkpoint", plan_file: Path | None) -> "PrunePlan":
     """The plan of a pruned checkpoint; no other can be carried out on it."""
-    from mone_edge import checkpoint
+    from mone_edge import pruned_checkpoint
 
     given = [n for n in PLAN_FIELDS if ctx.get_parameter_source(n) is ParameterSource.COMMANDLINE]
     if plan_file or given:
@@ -169,7 +173,7 @@ def _plan_inside(ctx: click.Context, source: "Checkpoint", plan_file: Path | Non
             f"{source.name} is pruned already, so --{option} cannot be carried out; convert the "
             "model it was made from"
         )
-    return checkpoint.read_plan(source)
+    return pruned_checkpoint.read_plan(source)
 
 
 def _file_types(source: "Source", names: tuple[str, ...]) -> tuple[str, ...]:
@@ -245,82 +249,6 @@ def _bytes(text: str) -> int:
         raise UsageError(f"--split-max-size {text} is not a number with K, M or G behind it")
     factor: int = 1000 ** ("", "K", "M", "G").index(match[2].upper())
     return int(match[1]) * factor
-
-
-def _decide(
-    console: Console,
-    source: "Source",
-    recipe: "Recipe",
-    plan: "PrunePlan | None",
-    stats: Path | None,
-    device: str,
-    threads: int | None,
-    offline: bool,
-) -> "tuple[ExpertStats | None, PrunePlan | None]":
-    """Statistics and plan: the user's where given, else from the cache or measured now."""
-    from mone_edge import checkpoint, pipeline
-    from mone_edge.source import Checkpoint
-    from mone_edge.stats import ExpertStats
-
-    if plan and isinstance(source, Checkpoint) and source.is_pruned and stats is None:
-        return checkpoint.read_novices(source, plan), plan
-    if plan:
-        return pipeline.stats_of_plan(plan, stats), plan
-    if stats:
-        measured = ExpertStats.load(stats)
-    elif recipe.prune_ratio == 0:
-        return None, None
-    else:
-        stats = pipeline.cached_stats(source, recipe.calibration)
-        if stats.is_file():
-            console.info(f"statistics from {stats}")
-            measured = ExpertStats.load(stats)
-        else:
-            stats.parent.mkdir(parents=True, exist_ok=True)
-            measured = _measure(console, source, recipe, stats, device, threads, offline)
-    decided = pipeline.plan_from_stats(recipe, measured, stats) if recipe.prune_ratio else None
-    return measured, decided
-
-
-def _measure(
-    console: Console,
-    source: "Source",
-    recipe: "Recipe",
-    outfile: Path,
-    device: str,
-    threads: int | None,
-    offline: bool,
-) -> "ExpertStats":
-    """Measure and save; an interrupted run goes on when the same command runs again."""
-    from mone_edge import pipeline
-    from mone_edge.collect.distributed import world
-    from mone_edge.collect.work import Work, discard, unfinished, work_path
-
-    if world().size > 1:
-        raise UsageError(
-            "convert is one process: torchrun -m mone_edge stats MODEL, then convert --stats"
-        )
-    work = Work(work_path(outfile), resume=True, restart=True)
-    sequential = not source.fits(device)
-    if sequential:
-        console.info("the model is larger than the memory: calibrating one layer at a time")
-    with unfinished(work):
-        with console.progress("calibrating", "seq") as progress:
-            stats = pipeline.calibrate(
-                source,
-                recipe.calibration,
-                device=device,
-                threads=threads,
-                offline=offline,
-                sequential=sequential,
-                work=work,
-                progress=progress,
-                warn=console.warn,
-            )
-        assert stats is not None
-        stats.save(outfile)
-    discard(work.path)
-    return stats
 
 
 def plan_fields(plan: "PrunePlan") -> dict[str, Any]:

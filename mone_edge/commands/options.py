@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from mone_edge.recipe import REPLACEMENTS, SCOPES
+from mone_edge.recipe import REPLACEMENTS, SCOPES, is_replacement
 
 Command = Callable[..., Any]
 
@@ -44,7 +44,12 @@ def plan_options(command: Command) -> Command:
         click.option("--method", default="mone", show_default=True, callback=_known_method),
         click.option("--scope", type=click.Choice(SCOPES), default="layer", show_default=True),
         click.option(
-            "--replacement", type=click.Choice(REPLACEMENTS), default="mean", show_default=True
+            "--replacement",
+            default="mean",
+            show_default=True,
+            callback=_known_replacement,
+            metavar="|".join(REPLACEMENTS),
+            help="What stands in for a removed expert; rank: fitted, R components.",
         ),
         click.option("--protect", default="", metavar="LAYERS", help="Left whole, as 0,2-4,-1."),
         click.option(
@@ -58,6 +63,14 @@ def _apply(options: list[Command], command: Command) -> Command:
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def _known_replacement(_ctx: click.Context, _param: click.Parameter, value: str) -> str:
+    if not is_replacement(value):
+        raise click.BadParameter(
+            f"no replacement {value}; there are {', '.join(REPLACEMENTS)} (R as in rank-16)"
+        )
+    return value
 
 
 def _known_method(_ctx: click.Context, _param: click.Parameter, value: str) -> str:

@@ -12,6 +12,7 @@ from mone_edge.commands.convert import plan_fields, tell
 from mone_edge.console import Console, common_options, force_option, human_bytes, offline_option
 
 if TYPE_CHECKING:
+    from mone_edge.low_rank import LowRankNovices
     from mone_edge.plan import PrunePlan
     from mone_edge.source import Checkpoint, Source
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 @click.option(
     "--stats", type=click.Path(path_type=Path), help="Where the novices are. [default: the plan's]"
 )
+@click.option(
+    "--novices", type=click.Path(path_type=Path), help="From `fit`, for --replacement rank."
+)
 @click.option("-o", "--outfile", type=click.Path(path_type=Path), required=True)
 @force_option
 @offline_option
@@ -33,6 +37,7 @@ def command(
     model: str,
     plan_file: Path,
     stats: Path | None,
+    novices: Path | None,
     outfile: Path,
     force: bool,
     offline: bool,
@@ -47,15 +52,17 @@ def command(
     mone-edge prune ./OLMoE-1B-7B --plan plan.json -o OLMoE-pruned
     mone-edge prune model-Q4_K_M.gguf --plan plan.json -o smaller.gguf
     """
+    from mone_edge import pipeline
     from mone_edge.plan import PrunePlan
     from mone_edge.source import Checkpoint, resolve
 
     plan = PrunePlan.load(plan_file)
+    fitted = pipeline.novices_of_plan(plan, novices)
     source = resolve(model, offline=offline)
     if isinstance(source, Checkpoint):
-        _prune_checkpoint(console, source, plan, stats, outfile, force)
+        _prune_checkpoint(console, source, plan, stats, fitted, outfile, force)
     else:
-        _prune_gguf(console, source, plan, stats, outfile, force)
+        _prune_gguf(console, source, plan, stats, fitted, outfile, force)
 
 
 def _prune_checkpoint(
@@ -63,6 +70,7 @@ def _prune_checkpoint(
     source: "Checkpoint",
     plan: "PrunePlan",
     stats: Path | None,
+    fitted: "LowRankNovices | None",
     outfile: Path,
     force: bool,
 ) -> None:
@@ -72,7 +80,7 @@ def _prune_checkpoint(
     measured = None if plan.replacement == "drop" else pipeline.stats_of_plan(plan, stats)
     with console.progress("writing", "B") as progress:
         made = checkpoint.prune_checkpoint(
-            source, plan, measured, outfile, force=force, progress=progress
+            source, plan, measured, outfile, fitted=fitted, force=force, progress=progress
         )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     document = dataclasses.asdict(made) | {
@@ -92,6 +100,7 @@ def _prune_gguf(
     source: "Source",
     plan: "PrunePlan",
     stats: Path | None,
+    fitted: "LowRankNovices | None",
     outfile: Path,
     force: bool,
 ) -> None:
@@ -103,7 +112,9 @@ def _prune_gguf(
     require_writable(outfile, force=force)
     recipe = Recipe(model=source.name, outtype=(KEEP,), imatrix="none", **plan_fields(plan))
     measured = pipeline.stats_of_plan(plan, stats)
-    jobs = convert.prepare(source, recipe, {KEEP: outfile}, plan=plan, stats=measured)
+    jobs = convert.prepare(
+        source, recipe, {KEEP: outfile}, plan=plan, stats=measured, fitted=fitted
+    )
     with console.progress("writing", "B") as progress:
         made = convert.write(jobs, recipe, progress=progress)
     tell(console, made)

@@ -1,0 +1,98 @@
+"""Moments of what pruned experts read and wrote -> the low-rank novices of a layer.
+
+In: for each pruned expert, moments of its inputs and outputs weighted by the squared gate weight,
+part of them held out. Out: `LayerNovices`. Decides the ranks; knows nothing about models, text or
+how moments are gathered (`collect.fitting`, `collect.gguf_fitting`).
+
+The weight makes the regression minimise `sum g^2 ||f - novice(x)||^2`, what the layer's output
+loses. An expert keeps as many components as lower its held-out error, none if none does: what has
+seen few tokens falls back to fewer ranks, then to the constant. Asked to choose ("rank"), a layer
+gets the smallest of `RANKS` that keeps `WORTH` of what the largest allowed one gains.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mone_edge.low_rank import LayerNovices
+from mone_edge.recipe import rank_of
+from mone_edge.regression import LowRank, Moments, fit
+
+RANKS = (4, 8, 16, 32, 64)  # that "rank" chooses from; 32 and 64 fit the blocks of Q8_0
+WORTH = 0.95
+EXPERT_SHARE = 0.25  # of an expert's weights that a novice may have, where the rank is left open
+RUNS, HELD_OUT_EVERY = 40, 5  # runs of text, so that held-out tokens are not neighbours of others
+
+
+def held_out(tokens: int) -> NDArray[np.bool_]:
+    """[tokens] which of them judge: every fifth of 40 runs of the text."""
+    run = np.arange(tokens) * RUNS // max(tokens, 1)
+    return np.asarray(run % HELD_OUT_EVERY == HELD_OUT_EVERY - 1)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The ranks that a layer's novices may have."""
+
+    replacement: str
+    inputs: int  # H
+    outputs: int  # D
+    expert_parameters: int
+
+    @property
+    def largest(self) -> int:
+        """The rank to fit."""
+        whole = min(self.inputs, self.outputs)
+        rank = rank_of(self.replacement)
+        if rank is not None:
+            return min(rank, whole)
+        affordable = int(EXPERT_SHARE * self.expert_parameters) // (self.inputs + self.outputs)
+        return max((r for r in RANKS if r <= min(whole, affordable)), default=min(RANKS[0], whole))
+
+    def choose(self, errors: Sequence[NDArray[np.float64]]) -> int:
+        """The rank to store, from the held-out errors [r + 1] of each expert."""
+        if rank_of(self.replacement) is not None:
+            return self.largest
+        after = {rank: sum(float(e[: rank + 1].min()) for e in errors) for rank in (0, *RANKS)}
+        gain = after[0] - after[self._within(self.largest)]
+        enough = after[0] - WORTH * gain
+        return next(r for r in (0, *RANKS) if after[r] <= enough) if gain > 0 else 0
+
+    def _within(self, rank: int) -> int:
+        return max(r for r in (0, *RANKS) if r <= rank)
+
+
+def layer_novices(pairs: Iterable[tuple[Moments, Moments]], limits: Limits) -> LayerNovices:
+    """Fit every pruned expert of a layer.
+
+    Args:
+        pairs: (to fit, held out) of each expert, ids ascending; read one at a time.
+        limits: what ranks may be.
+    """
+    fits: list[LowRank] = []
+    tokens: list[int] = []
+    for train, judge in pairs:
+        fits.append(fit(train, judge, limits.largest))
+        tokens.append(train.pairs + judge.pairs)
+    width = limits.choose([found.errors for found in fits])
+    ranks = [int(found.errors[: width + 1].argmin()) for found in fits]
+    width = width if any(ranks) else 0
+    down = np.zeros((len(fits), width, limits.inputs), np.float32)
+    up = np.zeros((len(fits), limits.outputs, width), np.float32)
+    for index, (found, rank) in enumerate(zip(fits, ranks, strict=True)):
+        down[index, :rank] = found.down[:rank]
+        up[index, :, :rank] = found.up[:, :rank]
+    errors = [
+        f.errors[rank] / f.errors[0] if rank else 1.0 for f, rank in zip(fits, ranks, strict=True)
+    ]
+    return LayerNovices(
+        bias=np.array([f.bias(r) for f, r in zip(fits, ranks, strict=True)], np.float32),
+        down=down,
+        up=up,
+        rank=np.array(ranks, np.int64),
+        tokens=np.array(tokens, np.int64),
+        ridge=np.array([f.ridge for f in fits]),
+        error=np.array(errors),
+    )
