@@ -55,9 +55,9 @@ WRONG_KEYS = {
     "too short": (lambda w, k: w.add_array(k, [4, 1]), "has 2 entries, but the model has 3 blocks"),
     "too long": (lambda w, k: w.add_array(k, [4, 1, 8, 8]), "has 4 entries"),
     "empty": (lambda w, k: w.add_array(k, []), "blocks|shape"),
-    "zero": (lambda w, k: w.add_array(k, [4, 0, 8]), "is 0, must be from 1 to 8"),
-    "negative": (lambda w, k: w.add_array(k, [4, -1, 8]), "is -1, must be from 1 to 8"),
-    "too many": (lambda w, k: w.add_array(k, [4, 9, 8]), "is 9, must be from 1 to 8"),
+    "zero": (lambda w, k: w.add_array(k, [4, 0, 8]), "blk.1.*belongs to a block for which .* is 0"),
+    "negative": (lambda w, k: w.add_array(k, [4, -1, 8]), "is -1, must be from 0 to 8"),
+    "too many": (lambda w, k: w.add_array(k, [4, 9, 8]), "is 9, must be from 0 to 8"),
     "huge": (lambda w, k: w.add_array(k, [4, 2**31 - 1, 8]), "is 2147483647, must be"),
     "scalar": (lambda w, k: w.add_uint32(k, 4), "must be an array of 32-bit integers"),
     "string": (lambda w, k: w.add_string(k, "4"), "must be an array of 32-bit integers"),
@@ -82,13 +82,80 @@ def test_no_experts(built_runtime: runtime.RuntimeInfo, tmp_path: Path) -> None:
     assert "the model has no experts" in load_in_subprocess(path)
 
 
-@pytest.mark.parametrize("arch", ["llama4", "grovemoe"])
-def test_refused_architecture(
-    built_runtime: runtime.RuntimeInfo, tmp_path: Path, arch: str
-) -> None:
-    model = replace(tiny.pruned(tiny.random_model("olmoe"), KEPT), arch=arch)
-    log = load_in_subprocess(tiny.write(tmp_path / "m.gguf", model, kept=KEPT))
-    assert f"pruned experts are not supported for architecture {arch}" in log
+def refused(path: Path, model: tiny.Model, kept: list[int] = KEPT) -> str:
+    """The log of the refusal of a file made of `model`."""
+    return load_in_subprocess(tiny.write(path, model, kept=kept))
+
+
+def test_order_matters_but_is_missing(built_runtime: runtime.RuntimeInfo, tmp_path: Path) -> None:
+    reason = "tensor 'blk.0.ffn_gate_eid2slot.weight' not found"
+    log = refused(tmp_path / "grove.gguf", tiny.pruned(tiny.grovemoe(), KEPT))
+    assert f"derives the ids of chunk experts from theirs: {reason}" in log
+    model = tiny.pruned(tiny.random_model("olmoe"), KEPT)
+    keys = {"expert_group_count": 4, "expert_group_used_count": 2}
+    log = refused(tmp_path / "groups.gguf", replace(model, keys=model.keys | keys))
+    assert f"the model selects groups of experts: {reason}" in log
+
+
+WRONG_SLOTS = {
+    "twice": ([0, 1, 2, 3, 4, 5, 6, 6], "is not a permutation: entry 7 is 6"),
+    "negative": ([0, 1, 2, -1, 4, 5, 6, 7], "is not a permutation: entry 3 is -1"),
+    "beyond": ([0, 1, 2, 3, 4, 5, 6, 8], "is not a permutation: entry 7 is 8"),
+    "huge": ([2**31 - 1, 1, 2, 3, 4, 5, 6, 7], "is not a permutation: entry 0 is 2147483647"),
+    "few": ([0, 1, 2, 3], "has wrong shape"),
+    "many": (list(range(16)), "has wrong shape"),
+    "floats": ([0.0, 1, 2, 3, 4, 5, 6, 7], "has type f32; expected i32"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_SLOTS)
+def test_wrong_eid2slot(built_runtime: runtime.RuntimeInfo, tmp_path: Path, name: str) -> None:
+    slots, reason = WRONG_SLOTS[name]
+    model = tiny.pruned(tiny.random_model("olmoe"), KEPT)
+    kind = np.float32 if isinstance(slots[0], float) else np.int32
+    model.tensors["blk.1.ffn_gate_eid2slot.weight"] = np.array(slots, kind)
+    log = refused(tmp_path / "m.gguf", model)
+    assert f"tensor 'blk.1.ffn_gate_eid2slot.weight' {reason}" in log
+
+
+DOWN, UP = "blk.1.ffn_novice_down.weight", "blk.1.ffn_novice_up.weight"
+WRONG_NOVICES: dict[str, tuple[dict[str, tuple[int, ...]], str]] = {
+    "no up": ({DOWN: (7, 4, 64)}, f"tensor '{DOWN}' without '{UP}'"),
+    "no down": ({UP: (7, 64, 4)}, f"tensor '{UP}' without '{DOWN}'"),
+    "count": ({DOWN: (8, 4, 64), UP: (8, 64, 4)}, f"tensor '{DOWN}' has wrong shape"),
+    "count of up": ({DOWN: (7, 4, 64), UP: (6, 64, 4)}, f"tensor '{UP}' has wrong shape"),
+    "ranks": ({DOWN: (7, 4, 64), UP: (7, 64, 5)}, f"tensor '{UP}' has wrong shape"),
+    "input": ({DOWN: (7, 4, 32), UP: (7, 64, 4)}, f"tensor '{DOWN}' has wrong shape"),
+    "output": ({DOWN: (7, 4, 64), UP: (7, 32, 4)}, f"tensor '{UP}' has wrong shape"),
+    "two axes": ({DOWN: (7, 64), UP: (7, 64, 4)}, f"tensor '{DOWN}' has wrong shape"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_NOVICES)
+def test_wrong_novices(built_runtime: runtime.RuntimeInfo, tmp_path: Path, name: str) -> None:
+    shapes, reason = WRONG_NOVICES[name]
+    model = tiny.pruned(tiny.random_model("olmoe"), KEPT)
+    for tensor, shape in shapes.items():
+        model.tensors[tensor] = np.zeros(shape, np.float32)
+    assert reason in refused(tmp_path / "m.gguf", model)
+
+
+def test_novices_of_other_kinds(built_runtime: runtime.RuntimeInfo, tmp_path: Path) -> None:
+    model = tiny.with_novices(tiny.pruned(tiny.random_model("olmoe"), KEPT), KEPT, [0, 4, 0])
+    model.tensors[UP] = model.tensors[UP].astype(np.int32)
+    log = refused(tmp_path / "int.gguf", model)
+    assert f"tensor '{UP}' has type i32, which weights cannot have" in log
+    whole = tiny.random_model("olmoe")
+    whole.tensors[DOWN] = np.zeros((1, 4, 64), np.float32)
+    whole.tensors[UP] = np.zeros((1, 64, 4), np.float32)
+    log = refused(tmp_path / "whole.gguf", whole, [tiny.N_EXPERTS] * 3)
+    assert f"tensor '{DOWN}' has rank 4 for the 0 pruned experts of block 1" in log
+
+
+def test_nothing_left_of_a_layer(built_runtime: runtime.RuntimeInfo, tmp_path: Path) -> None:
+    model = tiny.pruned(tiny.random_model("olmoe"), [4, 0, 8])
+    path = tiny.write(tmp_path / "m.gguf", model, kept=[4, 0, 8], bias_layers=[0, 2])
+    assert "tensor 'blk.1.ffn_down_exps.bias' not found" in load_in_subprocess(path)
 
 
 @pytest.mark.parametrize("shape", [(tiny.N_EXPERTS - 1, tiny.N_EMBD), (tiny.N_EXPERTS, 32), (64,)])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -19,11 +19,13 @@ import numpy.typing as npt
 
 N_LAYERS, N_EMBD, N_FF, N_EXPERTS, TOP_K, N_VOCAB = 3, 64, 96, 8, 4, 128
 N_HEADS = 4
+PARTS = ("gate", "up", "down")
 
 Array = npt.NDArray[np.float32]
 QUANTS = {
     "F32": gguf.GGMLQuantizationType.F32,
     "F16": gguf.GGMLQuantizationType.F16,
+    "BF16": gguf.GGMLQuantizationType.BF16,
     "Q8_0": gguf.GGMLQuantizationType.Q8_0,
     "Q4_0": gguf.GGMLQuantizationType.Q4_0,
 }
@@ -102,6 +104,24 @@ def random_model(arch: str, seed: int = 0, n_embd: int = N_EMBD, n_ff: int = N_F
     return Model(arch, keys, tensors, bias)
 
 
+def grovemoe(chunk_size: int = 2, n_chunk_ff: int = 32) -> Model:
+    """A random grovemoe: neighbouring experts share a chunk expert."""
+    model = random_model("qwen3moe")
+    rng = np.random.default_rng(3)
+    tensors, chunks = dict(model.tensors), N_EXPERTS // chunk_size
+    for layer in range(N_LAYERS):
+        for part in PARTS:
+            shape = (N_EMBD, n_chunk_ff) if part == "down" else (n_chunk_ff, N_EMBD)
+            draw = rng.normal(0, 0.1, (chunks, *shape)).astype(np.float32)
+            tensors[f"blk.{layer}.ffn_{part}_chexps.weight"] = draw
+    keys = model.keys | {
+        "expert_chunk_feed_forward_length": n_chunk_ff,
+        "expert_group_scale": 0.5,
+        "experts_per_group": chunk_size,
+    }
+    return Model("grovemoe", keys, tensors, model.bias)
+
+
 def zeroed(model: Model, kept: Sequence[int]) -> Model:
     """All experts stored, the down projections of those from `kept[layer]` on all zero."""
     tensors = dict(model.tensors)
@@ -109,17 +129,52 @@ def zeroed(model: Model, kept: Sequence[int]) -> Model:
         name = f"blk.{layer}.ffn_down_exps.weight"
         tensors[name] = tensors[name].copy()
         tensors[name][n_kept:] = 0
-    return Model(model.arch, model.keys, tensors, model.bias)
+    return replace(model, tensors=tensors)
 
 
 def pruned(model: Model, kept: Sequence[int]) -> Model:
-    """Only the first `kept[layer]` experts of each layer stored."""
+    """Only the first `kept[layer]` experts of each layer stored; where it is 0, no tensors."""
     tensors = dict(model.tensors)
     for layer, n_kept in enumerate(kept):
-        for part in ("gate", "up", "down"):
+        for part in PARTS:
             name = f"blk.{layer}.ffn_{part}_exps.weight"
-            tensors[name] = tensors[name][:n_kept]
-    return Model(model.arch, model.keys, tensors, model.bias)
+            whole = tensors.pop(name)
+            if n_kept:
+                tensors[name] = whole[:n_kept]
+    return replace(model, tensors=tensors)
+
+
+def stored_in_order(model: Model, orders: dict[int, Sequence[int]]) -> Model:
+    """The same model with the experts of some layers stored in another order, the router as it was.
+
+    Args:
+        model: of which nothing is pruned yet.
+        orders: by layer, the router's id of the expert in each slot.
+    """
+    tensors, bias = dict(model.tensors), dict(model.bias)
+    for layer, order in orders.items():
+        for part in PARTS:
+            name = f"blk.{layer}.ffn_{part}_exps.weight"
+            tensors[name] = tensors[name][list(order)]
+        bias[layer] = bias[layer][list(order)]
+        slots = np.argsort(order).astype(np.int32)
+        tensors[f"blk.{layer}.ffn_gate_eid2slot.weight"] = slots
+    return replace(model, tensors=tensors, bias=bias)
+
+
+def with_novices(model: Model, kept: Sequence[int], ranks: Sequence[int], seed: int = 2) -> Model:
+    """`model`, pruned to `kept`, with random low-rank novices of `ranks[layer]` (0: none)."""
+    rng = np.random.default_rng(seed)
+    tensors = dict(model.tensors)
+    n_embd = int(model.keys["embedding_length"])
+    for layer, (n_kept, rank) in enumerate(zip(kept, ranks, strict=True)):
+        if rank:
+            count = N_EXPERTS - n_kept
+            down, up = (count, rank, n_embd), (count, n_embd, rank)
+            for part, shape in (("down", down), ("up", up)):
+                draw = rng.normal(0, 0.2, shape).astype(np.float32)
+                tensors[f"blk.{layer}.ffn_novice_{part}.weight"] = draw
+    return replace(model, tensors=tensors)
 
 
 def write(
@@ -130,14 +185,20 @@ def write(
     kept: Sequence[int] | None = None,
     bias_type: type[np.floating] | None = np.float32,
     bias_layers: Sequence[int] = range(N_LAYERS),
+    novice_quant: str = "F32",
 ) -> Path:
     """Write `model` as GGUF; `kept` writes the key, `bias_type` None leaves the bias out."""
     writer = start(path, model)
     if kept is not None:
         writer.add_array(f"{model.arch}.expert_kept_count", [int(n) for n in kept])
     for name, value in model.tensors.items():
+        if value.dtype == np.int32:
+            writer.add_tensor(name, value)
+            continue
         wants = value.ndim >= 2 and not name.endswith("ffn_gate_inp.weight")
-        kind = QUANTS[quant] if wants else QUANTS["F32"]
+        kind = QUANTS[novice_quant if "novice" in name else quant] if wants else QUANTS["F32"]
+        if value.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
+            kind = QUANTS["F16"]
         writer.add_tensor(name, gguf.quants.quantize(value, kind), raw_dtype=kind)
     if bias_type is not None:
         for layer in bias_layers:
