@@ -141,16 +141,10 @@ class GgufSource(Source):
         threads: int | None = None,
         progress: Progress | None = None,
     ) -> "LowRankNovices":
-        """Not there yet.
+        """See `collect.gguf_fitting.fit_gguf`."""
+        from mone_edge.collect.gguf_fitting import fit_gguf
 
-        Raises:
-            UsageError: always.
-        """
-        del batches, work, device, threads, progress
-        raise UsageError(
-            f"--replacement {plan.replacement}: low-rank novices are fitted to checkpoints only, "
-            f"and {self.name} is a GGUF; use gate2-mean, or the checkpoint it was made from"
-        )
+        return fit_gguf(self, plan, batches, work, threads=threads, on_progress=progress)
 
     def require_device(self, device: str) -> None:
         if device not in ("auto", "cpu"):

@@ -15,7 +15,7 @@ import numpy as np
 
 from mone_edge import __version__
 from mone_edge.calibration import Batches
-from mone_edge.collect.sums import RoutedSums, squared_columns
+from mone_edge.collect.sums import RoutedSums, Values, squared_columns
 from mone_edge.errors import MoneEdgeError
 from mone_edge.graph import Node
 from mone_edge.llama import GgufModel
@@ -73,24 +73,26 @@ def collect(
         raise MoneEdgeError(
             f"{path}: no experts were seen at work; {architecture} is not supported"
         )
-    provenance = Provenance(
-        model=model or str(path),
+    made = provenance(model or str(path), fingerprint, architecture, calibration)
+    return ExpertStats(made, layers, dict(sorted(observer.linears.items())))
+
+
+def provenance(model: str, fingerprint: str, architecture: str, calibration: Batches) -> Provenance:
+    """Where what is measured on this text comes from."""
+    from mone_edge import runtime
+
+    version = runtime.load().__version__
+    return Provenance(
+        model=model,
         fingerprint=fingerprint,
         architecture=architecture,
         data=calibration.specs,
         data_sha256=(calibration.sha256,),
-        samples=len(tokens),
-        seq_len=length,
+        samples=len(calibration.tokens),
+        seq_len=calibration.tokens.shape[1],
         seed=calibration.seed,
-        tool=f"mone-edge {__version__}, llama.cpp of llama-cpp-python {_version()}",
+        tool=f"mone-edge {__version__}, llama.cpp of llama-cpp-python {version}",
     )
-    return ExpertStats(provenance, layers, dict(sorted(observer.linears.items())))
-
-
-def _version() -> str:
-    from mone_edge import runtime
-
-    return str(runtime.load().__version__)
 
 
 def _checked(path: Path, layer: int, stats: LayerStats, tokens: int) -> LayerStats:
@@ -120,23 +122,26 @@ class ExpertObserver:
     def __init__(self) -> None:
         self.layers: dict[int, LayerStats] = {}
         self.linears: dict[str, LinearStats] = {}
-        self._routed: dict[int, RoutedSums] = {}  # blocks of this batch that are not finished
+        self._routed: dict[int, RoutedSums] = {}  # of this batch's blocks that are not finished
+        self._begun: set[int] = set()  # those blocks
         self._inputs: dict[int, LinearStats] = {}  # of this batch, by address of the input's node
         self._seen = 0  # address of the node that was computed last
         self._head = ""  # once known: the weight that nothing but logits comes from
 
     def start(self) -> None:
         self._routed.clear()
+        self._begun.clear()
         self._inputs.clear()
 
     def wants(self, node: Node) -> bool:
         name = node.name
         if name.startswith("ffn_moe_"):
             if match := WEIGHTED.fullmatch(name):
-                self._finish(int(match[1]), node)
+                if self.watches(int(match[1])):
+                    self._finish(int(match[1]), node)
                 return False
             if match := RAW_OUTPUT.fullmatch(name):
-                return int(match[1]) in self._routed
+                return int(match[1]) in self._begun
         elif name == HEAD_INPUT:
             return bool(self._head)
         if node.op == "MUL_MAT_ID":
@@ -145,7 +150,13 @@ class ExpertObserver:
 
     def _is_new(self, match: re.Match[str] | None) -> bool:
         """Whether this product of an expert stack tells something that another has not."""
-        return match is not None and (match[2] == "down" or int(match[1]) not in self._routed)
+        if match is None or not self.watches(int(match[1])):
+            return False
+        return match[2] == "down" or int(match[1]) not in self._begun
+
+    def watches(self, layer: int) -> bool:
+        """Whether a block is of interest."""
+        return True
 
     def _wants_linear(self, node: Node) -> bool:
         weight, inputs = _weight(node), node.source(1)
@@ -173,12 +184,27 @@ class ExpertObserver:
         if match is None or stack is None or inputs is None or ids is None:
             return
         layer, values = int(match[1]), inputs.values()
-        if layer not in self._routed:
+        if layer not in self._begun:
             if values.ndim != 3 or values.shape[1] != 1:
                 raise MoneEdgeError(f"block {layer} weights its experts' inputs: not supported")
-            self._routed[layer] = RoutedSums(stack.stacked, ids.values(), values[:, 0])
+            self._begun.add(layer)
+            self._begin(layer, stack.stacked, ids.values(), values[:, 0])
         if match[2] == "down":
-            self._routed[layer].add_inner(values)
+            self._add_inner(layer, values)
+
+    def _begin(self, layer: int, experts: int, ids: Values, inputs: Values) -> None:
+        """The ids [T, K] and the input [T, H] of a block's experts, not copied."""
+        self._routed[layer] = RoutedSums(experts, ids, inputs)
+
+    def _add_inner(self, layer: int, inner: Values) -> None:
+        """The inputs [T, K, I] of its down projection."""
+        self._routed[layer].add_inner(inner)
+
+    def _end(self, layer: int, outputs: Values, weights: Values) -> None:
+        """The outputs [T, K, D] and what they are multiplied by [T, K, 1]."""
+        stats = self._routed.pop(layer).finish(outputs, weights)
+        before = self.layers.get(layer)
+        self.layers[layer] = before.merge(stats) if before else stats
 
     def _finish(self, layer: int, node: Node) -> None:
         """Before outputs are multiplied by their weights (in place, as likely as not): read both.
@@ -186,14 +212,13 @@ class ExpertObserver:
         Raises:
             MoneEdgeError: something else happens to the outputs first.
         """
-        outputs, weights, routed = node.source(0), node.source(1), self._routed.pop(layer, None)
-        if routed is None or outputs is None or weights is None or outputs.address != self._seen:
+        outputs, weights, begun = node.source(0), node.source(1), layer in self._begun
+        self._begun.discard(layer)
+        if not begun or outputs is None or weights is None or outputs.address != self._seen:
             raise MoneEdgeError(
                 f"block {layer} does not weight its experts' outputs: not supported"
             )
-        stats = routed.finish(outputs.values(), weights.values())
-        before = self.layers.get(layer)
-        self.layers[layer] = before.merge(stats) if before else stats
+        self._end(layer, outputs.values(), weights.values())
 
     def _see_linear(self, node: Node) -> None:
         inputs, weight = node.source(1), _weight(node)
