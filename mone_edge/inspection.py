@@ -1,4 +1,4 @@
-"""What is in a file or folder, from headers only: checkpoint, GGUF, statistics or plan.
+"""What is in a file or folder, from headers only: checkpoint, GGUF, statistics, plan or novices.
 
 In: a path or MODEL. Out: a plain document for `mone-edge inspect` and scripts.
 """
@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from mone_edge import source, stats
+from mone_edge import low_rank, source, stats
 from mone_edge.errors import MoneEdgeError
 from mone_edge.gguf_header import read_header
 from mone_edge.paths import expand, is_file
@@ -30,11 +30,11 @@ def inspect(target: str, *, offline: bool = False) -> dict[str, Any]:
     if source.is_gguf(path):
         return _gguf(path)
     if path.suffix == ".safetensors":
-        return _stats(path)
+        return _novices(path) if low_rank.is_novices(path) else _stats(path)
     with path.open("rb") as file:
         if PLAN_FORMAT.encode() in file.read(512):
             return _plan(path)
-    raise MoneEdgeError(f"{path} is not a GGUF, a statistics file or a plan")
+    raise MoneEdgeError(f"{path} is not a GGUF, a statistics file, a plan or novices")
 
 
 def _checkpoint(found: source.Source) -> dict[str, Any]:
@@ -107,6 +107,32 @@ def _stats(path: Path) -> dict[str, Any]:
                 "top_k": layer.top_k,
                 "least_tokens": int(layer.count.min()),
                 "most_tokens": int(layer.count.max()),
+            }
+            for index, layer in found.layers.items()
+        },
+    }
+
+
+def _novices(path: Path) -> dict[str, Any]:
+    found = low_rank.LowRankNovices.load(path)
+    origin = found.provenance
+    return {
+        "kind": "novices",
+        "path": str(path),
+        "model": origin.model,
+        "fingerprint": origin.fingerprint,
+        "replacement": found.replacement,
+        "data": list(origin.data),
+        "samples": origin.samples,
+        "seq_len": origin.seq_len,
+        "seed": origin.seed,
+        **found.summary(),
+        "layers": {
+            str(index): {
+                "novices": len(layer.rank),
+                "rank": layer.width,
+                "least_tokens": int(layer.tokens.min()),
+                "held_out_error": round(float(layer.error.mean()), 4),
             }
             for index, layer in found.layers.items()
         },

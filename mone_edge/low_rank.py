@@ -198,6 +198,12 @@ def empty_novices(pruned: int, inputs: int, outputs: int, rank: int) -> LayerNov
     )
 
 
+def is_novices(path: Path) -> bool:
+    """Whether a file says that it holds novices."""
+    with path.open("rb") as file:
+        return FORMAT.encode() in file.read(1 << 10)
+
+
 def _assemble(document: dict[str, Any], refs: Mapping[str, TensorRef]) -> LowRankNovices:
     if document["version"] != VERSION:
         raise ValueError(f"version {document['version']}, this mone-edge reads {VERSION}")

@@ -288,6 +288,10 @@ def test_the_command(
     said = json.loads(capsys.readouterr().out)
     assert said["novices"] == 4 and said["ranks"].endswith("4") and 0 < said["held_out_error"] < 1
     assert not list(tmp_path.glob("*.work"))
+    assert run(["inspect", "novices.safetensors", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["kind"] == "novices" and shown["layers"]["0"]["novices"] == 2
+    assert shown["held_out_error"] == said["held_out_error"]
     prune_it = ["prune", str(model.source.path), "--plan", "plan.json", "-o", "p", "-q"]
     assert run(prune_it) == 1
     assert "needs fitted novices" in capsys.readouterr().err
