@@ -9,19 +9,23 @@ on a plan that keeps as many more experts as the novices' matrices take room for
 RESULTS.json is written after each variant; started again, the run goes on. The tables it holds:
 
     python -m benchmarks.replacements --table RESULTS.json
+
+What the regression of one expert costs, on random numbers: `--cost WIDTH`.
 """
 
 import argparse
 import json
 import math
+import resource
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mone_edge import calibration, demo, novices
+from mone_edge import calibration, demo, novices, regression
 from mone_edge.collect.experts import experts_modules
 from mone_edge.collect.fitting import fit_checkpoint
 from mone_edge.collect.loading import load_model
@@ -31,6 +35,7 @@ from mone_edge.low_rank import LowRankNovices
 from mone_edge.paths import atomic_write
 from mone_edge.plan import PrunePlan, make_plan
 from mone_edge.recipe import low_rank
+from mone_edge.regression import Moments
 from mone_edge.scoring import chunk_ids, kl_divergence, log_softmax
 from mone_edge.source import Checkpoint, resolve
 from mone_edge.stats import ExpertStats
@@ -197,6 +202,27 @@ def table(path: Path) -> None:
             )
 
 
+def cost(width: int, tokens: int = 8192, rank: int = 64) -> None:
+    """CPU seconds and peak memory of one expert's moments and fit, whatever the threads."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((tokens, width), dtype=np.float32)
+    y = x @ (rng.standard_normal((width, width), dtype=np.float32) / width**0.5)
+    before, times = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, [time.process_time()]
+    pair = Moments.near(x, y), Moments.near(x, y)
+    for into, part in zip(
+        pair, (slice(0, tokens * 4 // 5), slice(tokens * 4 // 5, None)), strict=True
+    ):
+        into.add(x[part], y[part], np.ones(len(x[part])))
+    times.append(time.process_time())
+    regression.fit(*pair, rank)
+    times.append(time.process_time())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    gathering, fitting = np.diff(times)
+    print(
+        f"moments of {tokens} tokens {gathering:.1f} s, fit {fitting:.1f} s, {peak / 1024:.0f} MiB"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -204,6 +230,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?")
     parser.add_argument("results", nargs="?", type=Path)
     parser.add_argument("--table", type=Path, help="print what a results file holds")
+    parser.add_argument("--cost", type=int, metavar="WIDTH", help="of fitting one expert")
     parser.add_argument("--work", type=Path, default=Path("replacements-run"))
     parser.add_argument("--data", action="append", default=[], help="calibration text")
     parser.add_argument("--text", type=Path, help="to score; default: the package's")
@@ -216,6 +243,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.table:
         table(arguments.table)
+        return
+    if arguments.cost:
+        cost(arguments.cost)
         return
     if not (arguments.model and arguments.results):
         parser.error("MODEL and RESULTS are needed")

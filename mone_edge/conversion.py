@@ -21,7 +21,7 @@ from mone_edge import rowwise, runtime
 from mone_edge.documents import reason
 from mone_edge.errors import MoneEdgeError, UsageError
 from mone_edge.model_file import Array, Chunk, LazyTensor, ModelFile
-from mone_edge.novices import APPROX_VALUE
+from mone_edge.novices import NOVICE_PARTS
 from mone_edge.source import EXPERT_KEY, Checkpoint
 from mone_edge.transformers_quiet import LOAD_ERRORS, quiet
 
@@ -212,7 +212,7 @@ def _pruned_experts_filled_in(base: Any, source: Checkpoint) -> Iterator[None]:
 
 def _filled_in(tensors: dict[str, Any], experts: int) -> dict[str, Any]:
     found: dict[tuple[str, str], dict[int, Any]] = {}
-    for name in [n for n in tensors if n.endswith(f".{APPROX_VALUE}")]:
+    for name in [n for n in tensors if n.rpartition(".")[2] in NOVICE_PARTS]:
         del tensors[name]
     for name, load in tensors.items():
         if match := EXPERT_KEY.fullmatch(name):

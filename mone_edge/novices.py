@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 IMPLEMENTATION = "mone-edge-novices"
 # Names of a novice's parts in a checkpoint, as <expert>.approx_value
-APPROX_VALUE, APPROX_DOWN, APPROX_UP = "approx_value", "approx_down", "approx_up"
+NOVICE_PARTS = APPROX_VALUE, APPROX_DOWN, APPROX_UP = ("approx_value", "approx_down", "approx_up")
 _NOVICES = "_mone_edge_novices"
 
 
