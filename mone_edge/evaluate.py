@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mone_edge.errors import MoneEdgeError, UsageError
+from mone_edge.harness import score_harness
 from mone_edge.paths import exists, expand
 from mone_edge.scoring import (
     Divergence,
@@ -57,6 +58,9 @@ class Questions:
     kld_base: str | None = None
     n_ctx: int = 512
     max_chunks: int | None = None
+    harness: tuple[str, ...] = ()
+    limit: int | None = None
+    num_fewshot: int | None = None
 
 
 def evaluate(
@@ -65,7 +69,9 @@ def evaluate(
     text: Path | None = None,
     kld_base: str | Path | None = None,
     tasks: Sequence[Path] = (),
+    harness: Sequence[str] = (),
     limit: int | None = None,
+    num_fewshot: int | None = None,
     n_ctx: int = 512,
     max_chunks: int | None = None,
     threads: int | None = None,
@@ -80,6 +86,8 @@ def evaluate(
         kld_base: the model whose distributions count as right; it runs in lock-step with each
             model, so both must fit into memory, and no file of logits is written.
         tasks: files of task items.
+        harness: names of tasks of lm-evaluation-harness.
+        num_fewshot: examples before each of their questions; None is the task's own number.
         limit: at most this many items of each task, the first ones.
         n_ctx: tokens per chunk of text.
         max_chunks: stop after this many chunks.
@@ -88,7 +96,7 @@ def evaluate(
         UsageError: nothing to measure, or a base without a text.
         MoneEdgeError: a file cannot be used; tokenizers of model and base differ.
     """
-    if text is None and not tasks:
+    if text is None and not tasks and not harness:
         raise UsageError("nothing to measure: give --ppl FILE, --tasks FILE.jsonl, or both")
     if kld_base is not None and text is None:
         raise UsageError("--kld-base compares models on a text: add --ppl FILE")
@@ -98,6 +106,9 @@ def evaluate(
         str(kld_base) if kld_base is not None else None,
         n_ctx,
         max_chunks,
+        tuple(harness),
+        limit,
+        num_fewshot,
     )
     paths = [locate(str(model), offline=offline) for model in models]
     base = locate(questions.kld_base, offline=offline) if questions.kld_base else None
@@ -130,6 +141,13 @@ def _evaluate_one(
                     progress=progress,
                 )
         scores = score_items(model, questions.items, progress)
+        if questions.harness:
+            scores |= score_harness(
+                model,
+                questions.harness,
+                limit=questions.limit,
+                num_fewshot=questions.num_fewshot,
+            )
     seconds = time.monotonic() - start
     return EvalResult(name, file_bytes(path), seconds, score, divergence, scores)
 

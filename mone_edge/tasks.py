@@ -152,7 +152,16 @@ def averages(scores: Iterable[TaskScore]) -> dict[str, float]:
 
 
 def log_likelihoods(model: LanguageModel, item: TaskItem) -> tuple[Float, bool]:
-    """log p(choice | context) of each choice, in nats, and whether the context had to be cut.
+    """log p(choice | context) of each choice, in nats, and whether the context had to be cut."""
+    rows, branches, truncated = choice_logits(model, item)
+    scores = (log_softmax(require_finite(row)) for row in rows)
+    return np.array([picked(s, ids) for s, ids in zip(scores, branches, strict=True)]), truncated
+
+
+def choice_logits(
+    model: LanguageModel, item: TaskItem
+) -> tuple[list[Logits], list[list[int]], bool]:
+    """Logits [tokens, vocabulary] and ids of each choice; whether the context had to be cut.
 
     A choice is what its tokens add to those of the context, with both tokenised together; where
     they merge across the border, the merged token counts as part of the choice.
@@ -169,9 +178,7 @@ def log_likelihoods(model: LanguageModel, item: TaskItem) -> tuple[Float, bool]:
     if excess > 0:
         keep = 1 if prefix[0] == model.bos_id else 0
         prefix = prefix[:keep] + prefix[min(keep + excess, shared - 1) :]
-    rows = model.branch_logits(prefix, branches)
-    total = [_likelihood(row, ids) for row, ids in zip(rows, branches, strict=True)]
-    return np.array(total), excess > 0
+    return model.branch_logits(prefix, branches), branches, excess > 0
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
@@ -179,6 +186,6 @@ def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
-def _likelihood(logits: Logits, ids: Sequence[int]) -> float:
-    scores = log_softmax(require_finite(logits))
+def picked(scores: Logits, ids: Sequence[int]) -> float:
+    """Sum of the log-probabilities [n, vocabulary] of `ids`."""
     return float(scores[np.arange(len(ids)), list(ids)].sum(dtype=np.float64))

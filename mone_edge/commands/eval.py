@@ -23,6 +23,14 @@ if TYPE_CHECKING:
     metavar="FILE.jsonl ...",
     help="Files of task items; several may follow.",
 )
+@click.option(
+    "--lm-eval",
+    "harness",
+    multiple=True,
+    metavar="TASK",
+    help="Task of lm-evaluation-harness, by name; may be repeated.",
+)
+@click.option("--num-fewshot", type=click.IntRange(0), help="Examples before its questions.")
 @click.option("--limit", type=click.IntRange(1), help="First N items of each task only.")
 @click.option("-c", "--ctx-size", default=512, show_default=True, help="Tokens per chunk of text.")
 @click.option("--chunks", type=click.IntRange(1), help="First N chunks of the text only.")
@@ -36,6 +44,8 @@ def command(
     text: Path | None,
     kld_base: str | None,
     tasks: tuple[Path, ...],
+    harness: tuple[str, ...],
+    num_fewshot: int | None,
     limit: int | None,
     ctx_size: int,
     chunks: int | None,
@@ -50,6 +60,7 @@ def command(
     \b
     mone-edge eval small.gguf --ppl text.txt --kld-base full.gguf
     mone-edge eval full.gguf small.gguf --tasks copa.jsonl piqa.jsonl --limit 100
+    mone-edge eval small.gguf --lm-eval arc_easy --lm-eval winogrande --num-fewshot 5
     """
     from mone_edge.evaluate import evaluate
 
@@ -62,6 +73,8 @@ def command(
             text=text,
             kld_base=kld_base,
             tasks=tasks,
+            harness=harness,
+            num_fewshot=num_fewshot,
             limit=limit,
             n_ctx=ctx_size,
             max_chunks=chunks,
