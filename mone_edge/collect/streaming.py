@@ -13,7 +13,7 @@ pinned in pyproject.toml.
 import ctypes
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -28,6 +28,7 @@ from mone_edge.safetensors_header import item_bytes
 from mone_edge.source import Checkpoint
 from mone_edge.transformers_quiet import LOAD_ERRORS, quiet
 
+READ_IN_TURN = "HF_DEACTIVATE_ASYNC_LOAD"
 OUTSIDE = ""  # the part of the model that is no layer: embeddings, norm, output head
 
 
@@ -57,7 +58,7 @@ class StreamedModel:
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
 
         try:
-            with ExitStack() as stack, quiet():
+            with ExitStack() as stack, quiet(), _read_in_turn():
                 weights = self._slices(part, stack)
                 info, _ = convert_and_load_state_dict_in_model(
                     self.model, weights, self._load_config
@@ -220,6 +221,20 @@ def _keep_experts_narrow(model: Any, stored: torch.dtype) -> None:
         for name, parameter in list(module.named_parameters(recurse=False)):
             if stored.itemsize < parameter.dtype.itemsize:
                 setattr(module, name, nn.Parameter(parameter.to(stored), requires_grad=False))
+
+
+@contextmanager
+def _read_in_turn() -> Iterator[None]:
+    """Let transformers read what it fuses when it fuses it, not all of a layer ahead."""
+    before = os.environ.get(READ_IN_TURN)
+    os.environ[READ_IN_TURN] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[READ_IN_TURN]
+        else:
+            os.environ[READ_IN_TURN] = before
 
 
 def _give_back_freed_memory() -> None:
