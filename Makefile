@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PYTHON ?= python3
 
-.PHONY: demo test check runtime clean
+.PHONY: demo test check runtime check-aarch64 clean
 
 demo: runtime            ## measure, prune, convert, run and judge the bundled demo model
 	$(BIN)/python -m mone_edge.demo.tour
@@ -19,6 +19,11 @@ check: $(VENV)/.installed  ## formatting, lint, types: what CI checks before the
 
 runtime: $(VENV)/.installed  ## the patched llama.cpp, built once and cached
 	$(BIN)/mone-edge runtime build
+
+check-aarch64: runtime   ## cross-compile for aarch64, and its tests under qemu
+	$(BIN)/mone-edge runtime build --target aarch64-linux
+	$(BIN)/mone-edge runtime build --target aarch64-linux-i8mm
+	$(BIN)/python -m pytest -rs -s tests/runtime/test_aarch64.py
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from mone_edge import runtime
 from mone_edge.errors import MoneEdgeError
 from mone_edge.paths import cache_dir
-from mone_edge.runtime.toolchain import find_toolchain
+from mone_edge.runtime.targets import BACKENDS, TARGETS, Variant
+from mone_edge.runtime.toolchain import find_cmake, find_toolchain, missing_programs
 
 PACKAGES = {"torch": (2, 6), "transformers": (5, 20), "gguf": (0, 17), "safetensors": (0, 5)}
 CACHE_BYTES = 3 << 30  # source tree, build and demo model, with room to work
@@ -18,12 +19,13 @@ MEMORY_BYTES = 2 << 30
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is needed."""
+    """One thing that is needed; `optional` for what only some commands need."""
 
     name: str
     ok: bool
     detail: str
     fix: str = ""
+    optional: bool = False
 
 
 def examine() -> list[Finding]:
@@ -36,6 +38,8 @@ def examine() -> list[Finding]:
         _runtime(),
         _disk(),
         _memory(),
+        _extra("aarch64-linux target", Variant("aarch64-linux")),
+        _qemu(),
     ]
 
 
@@ -63,6 +67,23 @@ def _compilers() -> Finding:
         detail = str(error) if needed else f"{error} (needed only to build again)"
         return Finding("compilers", not needed, detail, "then: mone-edge runtime build")
     return Finding("compilers", True, f"{found.cmake}, {'ninja' if found.ninja else 'make'}")
+
+
+def _extra(name: str, variant: Variant) -> Finding:
+    """What a build other than the native one for the CPU needs."""
+    part = next(p for p in variant.parts if p not in (TARGETS["native"], BACKENDS["cpu"]))
+    packages = {**part.programs, **part.headers}
+    missing = {n: p for n, p in missing_programs(variant, find_cmake()).items() if n in packages}
+    fix = f"sudo apt install {' '.join(dict.fromkeys(missing.values()))}"
+    detail = f"{', '.join(missing or packages)}{' not found' if missing else ''}"
+    return Finding(name, not missing, detail, fix, optional=True)
+
+
+def _qemu() -> Finding:
+    found = shutil.which("qemu-aarch64-static")
+    detail = found or "qemu-aarch64-static not found (runs the tests of that target here)"
+    fix = "sudo apt install qemu-user-static"
+    return Finding("aarch64 emulator", bool(found), detail, fix, optional=True)
 
 
 def _patcher() -> Finding:

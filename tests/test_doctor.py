@@ -34,3 +34,19 @@ def test_an_old_package_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     findings = {finding.name: finding for finding in doctor.examine()}
     assert not findings["torch"].ok
     assert findings["torch"].fix == "pip install 'torch>=2.6'"
+
+
+def test_what_only_some_need_is_optional(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A machine without cross compilers is well, and is told what they would be."""
+    found = doctor.shutil.which
+    monkeypatch.setattr(
+        doctor.shutil, "which", lambda name, **k: None if "aarch64" in name else found(name, **k)
+    )
+    cli.run(["doctor", "--json"])
+    findings = {f["name"]: f for f in json.loads(capsys.readouterr().out)["findings"]}
+    target = findings["aarch64-linux target"]
+    assert not target["ok"] and target["optional"]
+    assert target["fix"] == "sudo apt install gcc-aarch64-linux-gnu g++-aarch64-linux-gnu"
+    assert findings["aarch64 emulator"]["fix"] == "sudo apt install qemu-user-static"

@@ -1,10 +1,14 @@
 """`mone-edge doctor`: what is missing on this machine, and the command that mends it."""
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import click
 
 from mone_edge.console import Console, common_options
+
+if TYPE_CHECKING:
+    from mone_edge.doctor import Finding
 
 
 @click.command("doctor")
@@ -15,13 +19,18 @@ def command(console: Console) -> int:
 
     findings = examine()
     lines = [
-        f"{'ok     ' if f.ok else 'MISSING'}  {f.name}: {f.detail}"
-        + ("" if f.ok else f"  ->  {f.fix}")
+        f"{_verdict(f):<7}  {f.name}: {f.detail}" + ("" if f.ok else f"  ->  {f.fix}")
         for f in findings
     ]
     document = {
-        "ok": all(f.ok for f in findings),
+        "ok": all(f.ok or f.optional for f in findings),
         "findings": [dataclasses.asdict(f) for f in findings],
     }
     console.result(document, "\n".join(lines))
     return 0 if document["ok"] else 1
+
+
+def _verdict(finding: "Finding") -> str:
+    if finding.ok:
+        return "ok"
+    return "absent" if finding.optional else "MISSING"

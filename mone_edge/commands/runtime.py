@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,6 +15,13 @@ if TYPE_CHECKING:
 
 SECONDS_BETWEEN_STEPS = 15
 
+target_option = click.option(
+    "--target",
+    default="native",
+    show_default=True,
+    help="native, aarch64-linux[-i8mm] or android-arm64[-i8mm].",
+)
+
 
 @click.group("runtime")
 def command() -> None:
@@ -22,7 +30,10 @@ def command() -> None:
 
 @command.command("build")
 @click.option("--backend", default="cpu", show_default=True)
-@click.option("--target", default="native", show_default=True)
+@target_option
+@click.option(
+    "--ndk", type=click.Path(path_type=Path), help="Android's NDK [default: $ANDROID_NDK]"
+)
 @click.option(
     "--jobs", "-j", type=click.IntRange(1), help="Compilers at a time [default: all cores]"
 )
@@ -30,11 +41,23 @@ def command() -> None:
 @offline_option
 @common_options
 def build(
-    console: Console, backend: str, target: str, jobs: int | None, force: bool, offline: bool
+    console: Console,
+    backend: str,
+    target: str,
+    ndk: Path | None,
+    jobs: int | None,
+    force: bool,
+    offline: bool,
 ) -> None:
     """Fetch the pinned source, patch it, compile it and install the Python package.
 
-    About 7 minutes on two cores, once: the result is kept in the cache.
+    About 7 minutes on two cores, once: the result is kept in the cache. For another target than
+    this machine, the result is a folder of tools and libraries to copy there.
+
+    \b
+    mone-edge runtime build
+    mone-edge runtime build --target aarch64-linux
+    mone-edge runtime build --target android-arm64 --ndk ~/android-ndk-r27c
     """
     from mone_edge import runtime
 
@@ -42,6 +65,7 @@ def build(
         jobs=jobs,
         backend=backend,
         target=target,
+        ndk=ndk,
         force=force,
         offline=offline,
         progress=_sparsely(console.info),
@@ -50,12 +74,33 @@ def build(
 
 
 @command.command("info")
+@click.option("--backend", help="Default: the one in use.")
+@target_option
 @common_options
-def info(console: Console) -> None:
+def info(console: Console, backend: str | None, target: str) -> None:
     """Tell what is built, where, and whether this environment uses it."""
     from mone_edge import runtime
 
-    _tell(console, runtime.info())
+    _tell(console, runtime.info(backend=backend, target=target))
+
+
+@command.command("source")
+@click.argument("out", type=click.Path(path_type=Path))
+@force_option
+@offline_option
+@common_options
+def source(console: Console, out: Path, force: bool, offline: bool) -> None:
+    """Write the patched source of llama.cpp, to compile it elsewhere.
+
+    OUT is a new folder, or a new file whose name ends in .tar.gz.
+
+    \b
+    mone-edge runtime source llama.cpp-mone.tar.gz
+    """
+    from mone_edge import runtime
+
+    path = runtime.export_source(out, force=force, offline=offline, progress=console.info)
+    console.result({"outfile": str(path)}, str(path))
 
 
 def _sparsely(say: Callable[[str], None]) -> Callable[[str], None]:

@@ -24,13 +24,16 @@ from mone_edge.runtime.install import (
     make_wheel,
     package_lib_dir,
 )
-from mone_edge.runtime.layout import TOOLS, Layout, current_layout, library_name, locked
-from mone_edge.runtime.source import make_source
+from mone_edge.runtime.layout import TOOLS, Layout, layout_of, library_name, locked
+from mone_edge.runtime.source import export_tree, make_source
+from mone_edge.runtime.targets import BACKENDS, NATIVE, Variant, variant_of
+from mone_edge.runtime.toolchain import find_toolchain
 
 __all__ = [
     "RuntimeInfo",
     "RuntimeMissing",
     "build",
+    "export_source",
     "ggml_library",
     "info",
     "llama_library",
@@ -63,6 +66,7 @@ class RuntimeInfo:
         tools: programs by name, empty if not built.
         library: the llama library at hand, if any.
         backend: what the build computes on.
+        target: the machine it is built for.
     """
 
     version: str
@@ -74,11 +78,28 @@ class RuntimeInfo:
     tools: dict[str, Path]
     library: Path | None
     backend: str
+    target: str
 
 
-def info() -> RuntimeInfo:
-    """What is built and installed; reads a few files, starts and loads nothing."""
-    place = current_layout()
+def info(*, backend: str | None = None, target: str = "native") -> RuntimeInfo:
+    """What is built and installed; reads a few files, starts and loads nothing.
+
+    Args:
+        backend: None is the one whose build this environment uses, "cpu" if it uses none.
+        target: the machine that the build is for.
+
+    Raises:
+        UsageError: there is no such backend or target, or they do not go together.
+    """
+    if backend is None and target == "native":
+        place = current_layout()
+    else:
+        place = layout_of(variant_of(target, backend or "cpu"))
+    return info_of(place)
+
+
+def info_of(place: Layout) -> RuntimeInfo:
+    """What is built in `place`, and whether it is what this environment uses."""
     built = place.is_built()
     library = place.library("llama") if built else installed_library()
     return RuntimeInfo(
@@ -90,7 +111,8 @@ def info() -> RuntimeInfo:
         root=place.root,
         tools={name: place.bin / name for name in TOOLS} if built else {},
         library=library,
-        backend="cpu",
+        backend=place.variant.backend,
+        target=place.variant.target,
     )
 
 
@@ -99,16 +121,21 @@ def build(
     jobs: int | None = None,
     backend: str = "cpu",
     target: str = "native",
+    ndk: Path | None = None,
     force: bool = False,
     offline: bool = False,
     progress: Progress | None = None,
 ) -> RuntimeInfo:
     """Fetch, patch, compile and install; what has been done before is not done again.
 
+    A native build becomes the one that this environment uses. One for another target is left in
+    its folder, `bin/` and `lib/`, to be copied.
+
     Args:
         jobs: compilers at a time, all cores by default.
-        backend: only "cpu" as yet.
-        target: only "native" as yet.
+        backend: what to compute on, a key of `targets.BACKENDS`.
+        target: the machine to build for, a key of `targets.TARGETS`.
+        ndk: folder of Android's NDK, for the android targets; ANDROID_NDK by default.
         force: build anew even if the build is complete.
         offline: do not download anything.
         progress: is told, in a few words, what is going on.
@@ -117,22 +144,33 @@ def build(
         UsageError: a backend or target that is not supported.
         MoneEdgeError: a step failed; the message says which, why, and where its log is.
     """
-    require_supported(backend, target, jobs)
+    place = layout_of(variant_of(target, backend))
+    if jobs is not None and jobs < 1:
+        raise UsageError(f"jobs is {jobs}, must be at least 1")
     report = progress or (lambda _: None)
-    place = current_layout()
     with held(place, report):
         if force and place.root.exists():
             shutil.rmtree(place.root)
         if not place.is_built():
+            toolchain = find_toolchain(place.variant, ndk=ndk)
             report("preparing the source of llama.cpp")
             make_source(place, offline=offline)
-            compile_tree(place, jobs=jobs, progress=report)
-            make_wheel(place)
-            write_marker(place)
-        if installed_key() != place.build_key:
+            compile_tree(place, toolchain, jobs=jobs, progress=report)
+            finish(place)
+        if place.variant.is_native and installed_key() != place.build_key:
             report("installing llama-cpp-python")
             install_package(place, next(place.root.glob(WHEEL_PATTERN)), offline=offline)
-    return info()
+    return info_of(place)
+
+
+def finish(place: Layout) -> None:
+    """Make what goes with the tools, or clear away what does not, and mark the build complete."""
+    if place.variant.is_native:
+        make_wheel(place)
+    write_marker(place)
+    if not place.variant.is_native:
+        shutil.rmtree(place.source, ignore_errors=True)
+        shutil.rmtree(place.python, ignore_errors=True)
 
 
 def prepare_source(*, offline: bool = False, progress: Progress | None = None) -> Path:
@@ -148,6 +186,24 @@ def prepare_source(*, offline: bool = False, progress: Progress | None = None) -
             report("preparing the source of llama.cpp")
             make_source(place, offline=offline)
     return place.source
+
+
+def export_source(
+    out: Path, *, force: bool = False, offline: bool = False, progress: Progress | None = None
+) -> Path:
+    """Write the patched llama.cpp tree to `out`, to be compiled elsewhere.
+
+    Args:
+        out: a new folder, or a new file whose name ends in `.tar.gz`.
+        force: replace `out` if it exists.
+        offline: do not download anything.
+        progress: is told, in a few words, what is going on.
+
+    Raises:
+        MoneEdgeError: `out` exists or cannot be written, or the source cannot be had.
+    """
+    tree = prepare_source(offline=offline, progress=progress)
+    return export_tree(tree, out, force=force)
 
 
 def source_tree() -> Path:
@@ -238,6 +294,19 @@ def installed_library() -> Path | None:
     return library if library and library.is_file() else None
 
 
+def current_layout() -> Layout:
+    """The native layout that this environment uses: that of the installed package, else the CPU's.
+
+    The tools and the libraries in use then always come from one build.
+    """
+    key = installed_key()
+    for backend in BACKENDS:
+        place = layout_of(Variant(backend=backend))
+        if place.build_key == key:
+            return place
+    return layout_of(NATIVE)
+
+
 def built_layout() -> Layout:
     """The layout of the complete build.
 
@@ -248,16 +317,6 @@ def built_layout() -> Layout:
     if not place.is_built():
         raise RuntimeMissing(f"the patched llama.cpp is not built; {BUILD_HINT}")
     return place
-
-
-def require_supported(backend: str, target: str, jobs: int | None) -> None:
-    """Refuse what this version cannot build."""
-    if backend != "cpu":
-        raise UsageError(f"backend {backend!r} is not supported yet; there is: cpu")
-    if target != "native":
-        raise UsageError(f"target {target!r} is not supported yet; there is: native")
-    if jobs is not None and jobs < 1:
-        raise UsageError(f"jobs is {jobs}, must be at least 1")
 
 
 @contextlib.contextmanager

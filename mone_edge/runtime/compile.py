@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mone_edge.errors import MoneEdgeError
-from mone_edge.runtime.layout import CMAKE_OPTIONS, TOOLS, Layout, library_name
-from mone_edge.runtime.toolchain import Toolchain, find_toolchain, require_space
+from mone_edge.runtime.layout import TOOLS, Layout, cmake_options
+from mone_edge.runtime.toolchain import Toolchain, require_space
 
 Progress = Callable[[str], None]
 
@@ -21,13 +21,14 @@ LOG_LINES_SHOWN = 12
 STEP = re.compile(r"^\[\s*(\d+%|\d+/\d+)\]")
 
 
-def compile_tree(layout: Layout, *, jobs: int | None, progress: Progress) -> None:
+def compile_tree(
+    layout: Layout, toolchain: Toolchain, *, jobs: int | None, progress: Progress
+) -> None:
     """Configure, compile and collect. The caller holds the lock.
 
     Raises:
-        MoneEdgeError: missing programs or space, or a failed step, with the end of its log.
+        MoneEdgeError: no space, or a failed step, with the end of its log.
     """
-    toolchain = find_toolchain()
     require_space(layout.root)
     with layout.log.open("w", encoding="utf-8") as log:
         progress("configuring llama.cpp")
@@ -40,7 +41,8 @@ def compile_tree(layout: Layout, *, jobs: int | None, progress: Progress) -> Non
 
 def configure_command(layout: Layout, toolchain: Toolchain) -> list[str]:
     """The cmake command that configures `build/`; Ninja where there is one, as it is quicker."""
-    options = [f"-D{name}={value}" for name, value in CMAKE_OPTIONS.items()]
+    named = {**cmake_options(layout.variant), **toolchain.options()}
+    options = [f"-D{name}={value}" for name, value in named.items()]
     options.append(f"-DLLAMA_BUILD_COMMIT={layout.build_key}")
     command = [toolchain.cmake, "-S", str(layout.source), "-B", str(layout.build), *options]
     if toolchain.ninja and "CMAKE_GENERATOR" not in os.environ:
@@ -93,11 +95,12 @@ def collect(layout: Layout) -> None:
         MoneEdgeError: the build did not make one of them.
     """
     made = layout.build / "bin"
-    libraries = sorted(made.glob(library_name("*")))
+    libraries = sorted(made.glob(layout.library_name("*")))
     tools = [made / name for name in TOOLS]
-    for name in ("ggml", "ggml-base", "ggml-cpu", "llama", "mtmd"):
-        if made / library_name(name) not in libraries:
-            raise MoneEdgeError(f"the build made no {library_name(name)}; see {layout.log}")
+    wanted = ["ggml", "ggml-base", "ggml-cpu", "llama", "mtmd", *layout.variant.libraries()]
+    for name in map(layout.library_name, wanted):
+        if made / name not in libraries:
+            raise MoneEdgeError(f"the build made no {name}; see {layout.log}")
     for files, target in ((libraries, layout.lib), (tools, layout.bin)):
         place(files, target)
 

@@ -9,7 +9,8 @@ One folder per content key, `<cache>/runtime/<version>-<key>/`:
     *.whl          llama-cpp-python with these libraries
     built.json     written last: the build is complete
 
-An interrupted build leaves everything but `built.json`, and the next one goes on from there.
+An interrupted build leaves everything but `built.json`, and the next one goes on from there. A
+build for another machine ends with `bin/` and `lib/` alone: the folder is there to be copied.
 """
 
 import fcntl
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mone_edge.paths import cache_dir
+from mone_edge.runtime.targets import NATIVE, Variant
 from mone_edge.runtime.upstream import read_upstream, source_digest
 
 TOOLS = (
@@ -69,6 +71,7 @@ class Layout:
     version: str
     build_key: str
     root: Path
+    variant: Variant = NATIVE
 
     @property
     def source(self) -> Path:
@@ -100,7 +103,11 @@ class Layout:
 
     def library(self, name: str) -> Path:
         """Path of a shared library, `name` without prefix and suffix ("ggml-base")."""
-        return self.lib / library_name(name)
+        return self.lib / self.library_name(name)
+
+    def library_name(self, name: str) -> str:
+        """File name of the shared library `name` where the build runs."""
+        return library_name(name) if self.variant.is_native else f"lib{name}.so"
 
     def is_built(self) -> bool:
         """Whether the build is complete: its marker and all that the marker names are there."""
@@ -122,12 +129,19 @@ def runtime_dir() -> Path:
     return cache_dir() / "runtime"
 
 
-def current_layout() -> Layout:
-    """The layout for the present pin, patches, options and machine."""
+def layout_of(variant: Variant) -> Layout:
+    """The layout of `variant` for the present pin, patches, options and (if native) machine."""
     upstream = read_upstream()
-    options = json.dumps([CMAKE_OPTIONS, TOOLS, machine_traits()], sort_keys=True)
+    traits = machine_traits() if variant.is_native else [variant.target]
+    options = json.dumps([cmake_options(variant), TOOLS, traits], sort_keys=True)
     key = hashlib.sha256((source_digest() + options).encode()).hexdigest()[:12]
-    return Layout(upstream.version, key, runtime_dir() / f"{upstream.version}-{key}")
+    root = runtime_dir() / f"{upstream.version}-{key}"
+    return Layout(upstream.version, key, root, variant)
+
+
+def cmake_options(variant: Variant) -> dict[str, str]:
+    """The cmake options of `variant`, without those that name places on this machine."""
+    return {**CMAKE_OPTIONS, **variant.options()}
 
 
 def machine_traits() -> list[str]:

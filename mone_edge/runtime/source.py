@@ -17,6 +17,7 @@ from mone_edge.runtime.fetch import fetch_sdist
 from mone_edge.runtime.layout import Layout
 from mone_edge.runtime.upstream import patch_files, read_upstream
 
+ARCHIVE_SUFFIX = ".tar.gz"
 PYTHON_PARTS = ("llama_cpp", "PKG-INFO", "LICENSE.md")
 
 
@@ -99,3 +100,36 @@ def patch_command() -> list[str]:
     if shutil.which("patch"):
         return ["patch", "-p1", "--batch", "--forward", "--fuzz=0", "--no-backup-if-mismatch", "-i"]
     raise MoneEdgeError("neither git nor patch is installed; type: sudo apt install patch")
+
+
+def export_tree(tree: Path, out: Path, *, force: bool) -> Path:
+    """Copy `tree` to a folder, or pack it into a `.tar.gz` whose one top folder is named alike.
+
+    Raises:
+        MoneEdgeError: `out` exists and `force` is not set, or it cannot be written.
+    """
+    if out.exists() and not force:
+        raise MoneEdgeError(f"{out} exists; name another, or replace it with --force")
+    temporary = out.with_name(f".{out.name}.tmp")
+    try:
+        remove(temporary)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.name.endswith(ARCHIVE_SUFFIX):
+            with tarfile.open(temporary, "w:gz", compresslevel=6) as tar:
+                tar.add(tree, arcname=out.name.removesuffix(ARCHIVE_SUFFIX))
+        else:
+            shutil.copytree(tree, temporary, symlinks=True)
+        remove(out)
+        temporary.rename(out)
+    except OSError as error:
+        remove(temporary)
+        raise MoneEdgeError(f"cannot write {out}: {error.strerror or error}") from error
+    return out
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ import pytest
 from mone_edge import runtime
 from mone_edge.errors import MoneEdgeError, RuntimeMissing, UsageError
 from mone_edge.runtime import compile as compiling
-from mone_edge.runtime import fetch, install, layout, source, toolchain, upstream
+from mone_edge.runtime import fetch, install, layout, source, targets, toolchain, upstream
 
 PATCH = """--- a/file.txt
 +++ b/file.txt
@@ -50,9 +50,9 @@ def test_series_names_every_patch() -> None:
 
 
 def test_key_follows_the_patches(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = layout.current_layout().build_key
+    before = layout.layout_of(targets.NATIVE).build_key
     monkeypatch.setattr(upstream, "patch_files", list)
-    assert layout.current_layout().build_key != before
+    assert layout.layout_of(targets.NATIVE).build_key != before
 
 
 def test_nothing_built(cache: Path) -> None:
@@ -68,7 +68,13 @@ def test_nothing_built(cache: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"backend": "vulkan"}, {"target": "android-arm64"}, {"jobs": 0}], ids=str
+    "wrong",
+    [
+        {"backend": "abacus"},
+        {"target": "abacus"},
+        {"jobs": 0},
+    ],
+    ids=str,
 )
 def test_unsupported(cache: Path, wrong: dict[str, object]) -> None:
     with pytest.raises(UsageError):
@@ -156,6 +162,84 @@ def test_all_missing_programs_are_named(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(toolchain.shutil, "which", lambda *_, **__: None)
     with pytest.raises(MoneEdgeError, match="sudo apt install cmake gcc g\\+\\+ make"):
         toolchain.find_toolchain()
+
+
+def make_ndk(folder: Path) -> Path:
+    """What is looked at of Android's NDK."""
+    file = folder / targets.NDK_TOOLCHAIN
+    file.parent.mkdir(parents=True)
+    file.touch()
+    return folder
+
+
+def test_ndk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An Android build names what it needs; the option goes before the environment."""
+    android = targets.Variant("android-arm64")
+    for name in toolchain.NDK_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(MoneEdgeError, match=r"ndk/downloads.*--ndk or ANDROID_NDK"):
+        toolchain.find_toolchain(android)
+    monkeypatch.setenv("ANDROID_NDK", str(tmp_path))
+    with pytest.raises(MoneEdgeError, match=r"is not an Android NDK: it has no build/cmake"):
+        toolchain.find_toolchain(android)
+    found = toolchain.find_toolchain(android, ndk=make_ndk(tmp_path / "ndk"))
+    command = compiling.configure_command(layout.layout_of(android), found)
+    assert f"-DCMAKE_TOOLCHAIN_FILE={tmp_path / 'ndk' / targets.NDK_TOOLCHAIN}" in command
+    assert {"-DANDROID_ABI=arm64-v8a", "-DGGML_NATIVE=OFF", "-DGGML_OPENMP=OFF"} <= set(command)
+
+
+def test_missing_cross_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    which = toolchain.shutil.which
+    monkeypatch.setattr(
+        toolchain.shutil,
+        "which",
+        lambda name, **k: None if "aarch64" in name else which(name, **k),
+    )
+    with pytest.raises(
+        MoneEdgeError, match=r"aarch64-linux-gnu-g\+\+ not found.*apt install gcc-aa"
+    ):
+        toolchain.find_toolchain(targets.Variant("aarch64-linux"))
+
+
+def test_header_lookup() -> None:
+    assert toolchain.has_header("cstddef")
+    assert not toolchain.has_header("no/such/header.hpp")
+
+
+def test_variants_have_builds_of_their_own() -> None:
+    variants = [targets.Variant(target) for target in targets.TARGETS]
+    variants += [targets.Variant(backend=backend) for backend in targets.BACKENDS]
+    layouts = {variant: layout.layout_of(variant) for variant in variants}
+    assert len({place.build_key for place in layouts.values()}) == len(layouts)
+    cross = layouts[targets.Variant("aarch64-linux")]
+    assert cross.library("llama").name == "libllama.so"
+
+
+def test_cross_build_leaves_what_is_to_be_copied(tmp_path: Path) -> None:
+    place = layout.Layout("0.0.1", "key", tmp_path, targets.Variant("aarch64-linux"))
+    for folder in (place.source, place.python, place.bin, place.lib):
+        folder.mkdir()
+        (folder / "file").touch()
+    runtime.finish(place)
+    assert place.is_built()
+    assert {path.name for path in tmp_path.iterdir()} == {"bin", "lib", "built.json"}
+
+
+@pytest.mark.parametrize("name", ["out", "out.tar.gz"])
+def test_exported_source(tmp_path: Path, name: str) -> None:
+    tree = tmp_path / "tree"
+    (tree / "src").mkdir(parents=True)
+    (tree / "src" / "a.cpp").write_text("int a;", encoding="utf-8")
+    out = source.export_tree(tree, tmp_path / "new" / name, force=False)
+    if out.is_file():
+        with tarfile.open(out) as tar:
+            assert "out/src/a.cpp" in tar.getnames()
+    else:
+        assert (out / "src" / "a.cpp").read_text(encoding="utf-8") == "int a;"
+    with pytest.raises(MoneEdgeError, match=r"exists; name another, or replace it with --force"):
+        source.export_tree(tree, out, force=False)
+    assert source.export_tree(tree, out, force=True) == out
+    assert [path.name for path in out.parent.iterdir()] == [name]
 
 
 def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
