@@ -17,7 +17,7 @@ from transformers.quantizers.auto import (
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from mone_edge.collect.experts import experts_modules, register, routed, run_expert
+from mone_edge.collect.experts import experts_modules, input_width, register, routed, run_expert
 from mone_edge.errors import MoneEdgeError
 from mone_edge.novices import Novice
 from mone_edge.plan import PrunePlan
@@ -112,11 +112,12 @@ def _add_novices(module: Any, pruned: int, rank: int) -> None:
     """Leave room for the novices (on meta)."""
     like = module.down_proj
     width = like.shape[2 if module.is_transposed else 1]
-    stack = module.gate_up_proj if module.has_gate else module.up_proj
-    inputs = stack.shape[1 if module.is_transposed else 2]
     shapes: dict[str, tuple[int, ...]] = {NOVICES: (pruned, width)} if pruned else {}
     if rank:
-        shapes |= {NOVICES_DOWN: (pruned, rank, inputs), NOVICES_UP: (pruned, width, rank)}
+        shapes |= {
+            NOVICES_DOWN: (pruned, rank, input_width(module)),
+            NOVICES_UP: (pruned, width, rank),
+        }
     for name, shape in shapes.items():
         empty = torch.empty(shape, dtype=like.dtype, device=like.device)
         module.register_parameter(name, nn.Parameter(empty, requires_grad=False))

@@ -77,6 +77,14 @@ def routed(index: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         yield expert, positions // index.shape[1], positions % index.shape[1]
 
 
+def input_width(module: Any) -> int:
+    """Width of what an experts module reads."""
+    stack = getattr(module, "gate_up_proj" if module.has_gate else "up_proj", None)
+    if stack is None:  # other names: all known ones read what they write
+        return int(module.down_proj.shape[2 if module.is_transposed else 1])
+    return int(stack.shape[1 if module.is_transposed else 2])
+
+
 def run_expert(module: Any, expert: int, inputs: Tensor) -> tuple[Tensor, Tensor]:
     """Run one expert.
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mone_edge import fit, novices
 from mone_edge.calibration import Batches
-from mone_edge.collect.experts import experts_modules, register, run_expert
+from mone_edge.collect.experts import experts_modules, input_width, register, run_expert
 from mone_edge.collect.hidden import HiddenStates
 from mone_edge.collect.layerwise import LayerCalls, open_streamed
 from mone_edge.collect.streaming import OUTSIDE, StreamedModel
@@ -103,7 +103,7 @@ class _Sample:
         """While open, calls of the experts module are recorded."""
         setattr(module, _SAMPLE, self)
         try:
-            self.inputs = HiddenStates(self.path, (_input_width(module),), dtype)
+            self.inputs = HiddenStates(self.path, (input_width(module),), dtype)
             self.inputs.require_space(tokens)
             with self.inputs.writing():
                 yield
@@ -118,11 +118,6 @@ class _Sample:
 
 def _output_width(module: Any) -> int:
     return int(module.down_proj.shape[2 if module.is_transposed else 1])
-
-
-def _input_width(module: Any) -> int:
-    stack = module.gate_up_proj if module.has_gate else module.up_proj
-    return int(stack.shape[1 if module.is_transposed else 2])
 
 
 def _recording_experts(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -237,7 +232,7 @@ class _Run:
 def _limits(replacement: str, module: Any) -> fit.Limits:
     experts = len(module.down_proj)
     weights = sum(p.numel() for p in module.parameters(recurse=False)) // experts
-    return fit.Limits(replacement, _input_width(module), _output_width(module), weights)
+    return fit.Limits(replacement, input_width(module), _output_width(module), weights)
 
 
 def _moments(module: Any, expert: int, sample: _Sample, tokens: int) -> tuple[Moments, Moments]:
@@ -245,7 +240,7 @@ def _moments(module: Any, expert: int, sample: _Sample, tokens: int) -> tuple[Mo
     assert sample.inputs is not None
     rows, gates = sample.routed(expert)
     judges = fit.held_out(tokens)[rows]
-    nothing = np.zeros(_input_width(module)), np.zeros(_output_width(module))
+    nothing = np.zeros(input_width(module)), np.zeros(_output_width(module))
     sums = (Moments(*nothing), Moments(*nothing))
     for start in range(0, len(rows), CHUNK_TOKENS):
         part = slice(start, start + CHUNK_TOKENS)
