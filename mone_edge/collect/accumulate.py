@@ -68,7 +68,7 @@ class BatchSums:
         """
         if not len(self.residuals):
             shape = (self.tokens, self.top_k, output.shape[1])
-            self.residuals = output.new_zeros(shape)
+            self.residuals = output.new_empty(shape)  # every token fills all of its slots
         gate, inner, output = (t.to(self.precision) for t in (gate, inner, output))
         gate_sq = gate.square()
         mean = output.mean(0)
@@ -79,9 +79,9 @@ class BatchSums:
         offset = gate_sq @ centred / gate_sq.sum().clamp_min(torch.finfo(self.precision).tiny)
         self._column("gate_sq_mean", expert, mean + offset)
         self._column("inner_sq_sum", expert, _column_sq_sum(inner))
-        norm = torch.linalg.vector_norm(output, dim=1)  # [n]
-        norm_sq = norm.square()
-        largest = torch.linalg.vector_norm(output, float("inf"))
+        norm_sq = torch.linalg.vecdot(output, output)  # [n]; several times faster than vector_norm
+        norm = norm_sq.sqrt()
+        largest = torch.stack(torch.aminmax(output)).abs().max()
         sums = (norm.sum(), norm_sq.sum(), gate @ norm, gate_sq @ norm_sq, largest)
         self.scalars[:, expert] = torch.stack(sums)
         self.residuals[tokens, slots] = (centred * gate[:, None]).to(self.residuals.dtype)
