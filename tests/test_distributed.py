@@ -162,8 +162,8 @@ def test_each_process_has_its_own_work(tmp_path: Path) -> None:
 
 def test_convert_is_one_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(distributed, "world", lambda: Group(0, 2))
-    from mone_edge.commands.convert import _measure
+    from mone_edge.commands.deciding import Means, measure
     from mone_edge.console import Console
 
     with pytest.raises(MoneEdgeError, match="convert is one process"):
-        _measure(Console(), None, None, tmp_path / "s", "cpu", None, False)
+        measure(Console(), None, None, tmp_path / "s", Means("cpu", None, False))
