@@ -28,9 +28,9 @@ import numpy as np
 
 from mone_edge import novices
 from mone_edge import pruned_model as pruned_model  # registers the loader with transformers
-from mone_edge.collect.experts import experts_modules
+from mone_edge.collect.experts import experts_modules, num_experts, output_width
 from mone_edge.collect.streaming import module_names, on_meta
-from mone_edge.config import EXPERT_COUNT_KEYS
+from mone_edge.config import EXPERT_COUNT_KEYS, NESTED_KEY
 from mone_edge.errors import MoneEdgeError
 from mone_edge.low_rank import LowRankNovices
 from mone_edge.plan import PrunePlan
@@ -72,6 +72,7 @@ class _Block:
     total: int
     width: int  # of an expert's output
     routed: frozenset[str]  # parameters outside the experts with one row or column per expert
+    stacked: frozenset[str]  # parameters with several rows per expert
 
 
 def prune_checkpoint(
@@ -104,6 +105,11 @@ def prune_checkpoint(
         raise MoneEdgeError(
             f"the plan is of {plan.model} ({plan.fingerprint[:12]}), "
             f"not of {source.name} ({source.fingerprint[:12]})"
+        )
+    if empty := [layer for layer, ids in plan.kept.items() if not ids]:
+        raise MoneEdgeError(
+            f"the plan leaves layer {empty[0]} no expert, which transformers cannot load; "
+            "convert the model to a GGUF with --plan instead"
         )
     if plan.replacement in MEASURED and stats is None:
         raise MoneEdgeError("novices come from statistics: give them with --stats")
@@ -165,7 +171,8 @@ def _entries(
         block = next((b for b in blocks if names[key].startswith(f"{b.experts}.")), None)
         if block is not None:
             prefixes.setdefault(block.layer, _expert_prefix(key, block))
-            entries += _expert_entry(key, ref, block, plan)
+            stacked = names[key] in block.stacked
+            entries += _expert_entry(key, ref, block, plan, stacked=stacked)
             continue
         owner = next((b for b in blocks if names[key] in b.routed), None)
         if owner is not None and plan.replacement == "drop":
@@ -183,13 +190,13 @@ def _entries(
 
 def _blocks(model: Any, plan: PrunePlan) -> list[_Block]:
     modules = experts_modules(model)
-    found = {layer: len(module.down_proj) for layer, (_, module) in modules.items()}
+    found = {layer: num_experts(module) for layer, (_, module) in modules.items()}
     novices.require_shape(plan, found, "the model has")
     return [_block(model, plan, layer, *named) for layer, named in sorted(modules.items())]
 
 
 def _block(model: Any, plan: PrunePlan, layer: int, name: str, experts: Any) -> _Block:
-    total = len(experts.down_proj)
+    total = num_experts(experts)
     parent = name.rpartition(".")[0]
     routed: set[str] = set()
     for key, module in model.get_submodule(parent).named_modules():
@@ -204,8 +211,8 @@ def _block(model: Any, plan: PrunePlan, layer: int, name: str, experts: Any) -> 
             for key, value in own
             if (value.ndim and len(value) == total) or tuple(value.shape) == (1, total)
         }
-    width = int(experts.down_proj.shape[2 if experts.is_transposed else 1])
-    return _Block(layer, name, total, width, frozenset(routed))
+    stacked = frozenset(f"{name}.{key}" for key in getattr(experts, "stacked", ()))
+    return _Block(layer, name, total, output_width(experts), frozenset(routed), stacked)
 
 
 def _expert_prefix(key: str, block: _Block) -> str:
@@ -215,12 +222,15 @@ def _expert_prefix(key: str, block: _Block) -> str:
     return match["prefix"] if match else f"{head}{found}" if found else f"{block.experts}."
 
 
-def _expert_entry(key: str, ref: TensorRef, block: _Block, plan: PrunePlan) -> list[Entry]:
+def _expert_entry(
+    key: str, ref: TensorRef, block: _Block, plan: PrunePlan, *, stacked: bool
+) -> list[Entry]:
     """One expert's tensor, or none if it is pruned; the kept rows of a tensor of all experts."""
     kept = plan.kept[block.layer]
     match = EXPERT_KEY.fullmatch(key)
     if match is None:
-        return [_rows(key, ref, block.total, kept)]
+        rows = ref.shape[0] // block.total if stacked else 1
+        return [_rows(key, ref, block.total, kept, rows)]
     expert = int(match["id"])
     if expert not in kept:
         return []
@@ -232,10 +242,10 @@ def _copied(key: str, ref: TensorRef) -> Entry:
     return Entry(key, ref.dtype, ref.shape, ref.size, lambda: _read(ref, 0, ref.size))
 
 
-def _rows(key: str, ref: TensorRef, total: int, kept: Sequence[int]) -> Entry:
-    """The kept rows of [total, ...], or the kept columns of [1, total]."""
-    if ref.shape[:1] == (total,):
-        shape, step = (len(kept), *ref.shape[1:]), ref.size // total
+def _rows(key: str, ref: TensorRef, total: int, kept: Sequence[int], rows: int = 1) -> Entry:
+    """The kept rows of [total * rows, ...], or the kept columns of [1, total]."""
+    if ref.shape[:1] == (total * rows,):
+        shape, step = (len(kept) * rows, *ref.shape[1:]), ref.size // total
     elif ref.shape == (1, total):
         shape, step = (1, len(kept)), item_bytes(ref.dtype)
     else:
@@ -312,9 +322,9 @@ def _config(source: Checkpoint, plan: PrunePlan, fitted: LowRankNovices | None) 
             f"dropping leaves {min(counts)} to {max(counts)} experts a layer, and config.json has "
             "one count for all; use --scope layer without --protect, or --replacement mean"
         )
-    for key in EXPERT_COUNT_KEYS:
-        if text.get(key) == next(iter(plan.num_experts.values())):
-            text[key] = min(counts)
+    total = next(iter(plan.num_experts.values()))
+    for place in (text, text.get(NESTED_KEY) or {}):
+        place |= {key: min(counts) for key in EXPERT_COUNT_KEYS if place.get(key) == total}
     return config
 
 

@@ -14,7 +14,8 @@ from mone_edge.errors import MoneEdgeError
 from mone_edge.paths import is_file
 
 EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k",
+              "top_k_experts")  # fmt: skip
 LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layers", "num_layers", "n_layer")
 WIDTH_KEYS = (
     "hidden_size",
@@ -26,8 +27,9 @@ WIDTH_KEYS = (
     "head_dim",
     "max_position_embeddings",
 )
-MAY_BE_ZERO = (*EXPERT_COUNT_KEYS, *TOP_K_KEYS, "moe_intermediate_size")
-GROUP_KEYS = ("text_config", "rope_parameters", "rope_scaling", "quantization_config")
+MAY_BE_ZERO = (*EXPERT_COUNT_KEYS, *TOP_K_KEYS, "moe_intermediate_size", "head_dim")
+NESTED_KEY = "ffn_config"  # where dbrx keeps the numbers of its experts
+GROUP_KEYS = ("text_config", "rope_parameters", "rope_scaling", "quantization_config", NESTED_KEY)
 NAME_KEYS = ("model_type", "dtype", "torch_dtype")
 MAX_COUNT = 2**31 - 1
 
@@ -54,8 +56,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise MoneEdgeError(f"{path} is not a JSON object")
     _check_values(path, document)
-    if isinstance(document.get("text_config"), dict):
-        _check_values(path, document["text_config"])
+    for key in ("text_config", NESTED_KEY):
+        if isinstance(document.get(key), dict):
+            _check_values(path, document[key])
     return document
 
 
@@ -126,6 +129,9 @@ def _check_embedding(
 
 
 def count(config: Mapping[str, Any], keys: tuple[str, ...]) -> int:
-    """The first of these numbers that is set, 0 for none."""
-    value = next((config[key] for key in keys if config.get(key)), 0)
+    """The first of these numbers that is set (of one number a layer the largest), 0 for none."""
+    places = (config, config.get(NESTED_KEY) or {})
+    value = next((place[key] for place in places for key in keys if place.get(key)), 0)
+    if isinstance(value, list) and all(isinstance(number, int) for number in value):
+        return int(max(value, default=0))
     return value if isinstance(value, int) else 0

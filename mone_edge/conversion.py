@@ -7,6 +7,7 @@ here; the package of the pinned llama.cpp tree does it, in process. Reads no wei
 import functools
 import importlib
 import inspect
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -22,10 +23,14 @@ from mone_edge.documents import reason
 from mone_edge.errors import MoneEdgeError, UsageError
 from mone_edge.model_file import Array, Chunk, LazyTensor, ModelFile
 from mone_edge.novices import NOVICE_PARTS
+from mone_edge.plan import PrunePlan
 from mone_edge.source import EXPERT_KEY, Checkpoint
 from mone_edge.transformers_quiet import LOAD_ERRORS, quiet
 
+FUSED_KEY = re.compile(r"\.(?:experts|moe)\.")  # of all experts of a layer, unless a router's
 BLOCK_VALUES = 1 << 24  # of a matrix, that are floats at a time: 64 MiB
+# Of a layer that predicts further tokens: by its name, or by its number.
+MTP_KEY = re.compile(r"(?:^|\.)(?:mtp|mtp_layers)\.|(?:^|\.)layers\.(\d+)\.")
 UNQUANTISED = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16"}
 
 
@@ -54,33 +59,22 @@ def open_checkpoint(
     Raises:
         MoneEdgeError: the architecture or the tokenizer is unknown, or the checkpoint is damaged.
     """
-    gguf, conversion = packages()
     if tokenizer_pre:
         _require_known_pre(tokenizer_pre)
-    with quiet():
-        model_class = _model_class(conversion, source)
-    with (
-        quiet(),
-        _inference(),
-        _stacks_in_chunks(gguf, conversion.LazyTorchTensor),
-        _pruned_experts_filled_in(conversion.ModelBase, source),
-    ):
+    try:
         try:
-            model = model_class(
-                source.path, gguf.LlamaFileType[UNQUANTISED[dtype]], Path("model.gguf")
-            )
-            if tokenizer_pre:
-                model.get_vocab_base_pre = lambda tokenizer: tokenizer_pre
-            model.prepare_tensors()
-            _prepare_metadata(model, source)
-        except MoneEdgeError:
+            model = _converted(source, dtype, tokenizer_pre)
+        except KeyError:  # a key that transformers' config class has renamed or dropped
+            model = _converted(source, dtype, tokenizer_pre, plain_config=True)
+    except MoneEdgeError:
+        raise
+    except LOAD_ERRORS as error:
+        raise MoneEdgeError(f"{source.name} cannot be converted: {reason(error)}") from error
+    except Exception as error:
+        if type(error) is not Exception:  # the Rust tokenizer raises nothing more special
             raise
-        except LOAD_ERRORS as error:
-            raise MoneEdgeError(f"{source.name} cannot be converted: {reason(error)}") from error
-        except Exception as error:
-            if type(error) is not Exception:  # the Rust tokenizer raises nothing more special
-                raise
-            raise MoneEdgeError(f"{source.name}: damaged tokenizer: {reason(error)}") from error
+        raise MoneEdgeError(f"{source.name}: damaged tokenizer: {reason(error)}") from error
+    gguf, _ = packages()
     known: rowwise.Known = {}
     tensors = {
         name: _lazy(gguf, info, known)
@@ -89,7 +83,38 @@ def open_checkpoint(
     }
     metadata = {k: v for part in model.gguf_writer.kv_data for k, v in part.items()}
     arch = gguf.MODEL_ARCH_NAMES[model.model_arch]
+    tensors = _without_padding(tensors, source)
     return ModelFile(arch, metadata, tensors, functools.partial(_module_tensor, model))
+
+
+def _converted(
+    source: Checkpoint, dtype: str, tokenizer_pre: str, *, plain_config: bool = False
+) -> Any:
+    """The package's model with its tensors and metadata prepared.
+
+    Args:
+        plain_config: read config.json as it is, as the package does where transformers cannot.
+    """
+    gguf, conversion = packages()
+    with (
+        quiet(),
+        _inference(),
+        _stacks_in_chunks(gguf, conversion.LazyTorchTensor),
+        _configured(conversion.ModelBase, source, plain=plain_config),
+        _pruned_experts_filled_in(conversion.ModelBase, source),
+    ):
+        model_class = _model_class(conversion, source)
+        with _without_missing_mtp(model_class, source):
+            model = model_class(
+                source.path, gguf.LlamaFileType[UNQUANTISED[dtype]], Path("model.gguf")
+            )
+            if source.is_pruned:  # some model classes read config.json themselves
+                model.hparams.pop("quantization_config", None)
+            if tokenizer_pre:
+                model.get_vocab_base_pre = lambda tokenizer: tokenizer_pre
+            model.prepare_tensors()
+            _prepare_metadata(model, source)
+    return model
 
 
 def _model_class(conversion: ModuleType, source: Checkpoint) -> Any:
@@ -146,6 +171,23 @@ def _inference() -> Iterator[None]:
 
 
 @contextmanager
+def _without_missing_mtp(model_class: Any, source: Checkpoint) -> Iterator[None]:
+    """Do not promise layers that predict further tokens where the checkpoint has none.
+
+    transformers leaves them out when it saves a model; the package goes by the config, or by how
+    many the published model has.
+    """
+    before, layers = model_class.no_mtp, source.num_layers
+    found = (MTP_KEY.search(key) for key in source.tensors)
+    if not any(match and (not match[1] or int(match[1]) >= layers) for match in found):
+        model_class.no_mtp = True
+    try:
+        yield
+    finally:
+        model_class.no_mtp = before
+
+
+@contextmanager
 def _stacks_in_chunks(gguf: ModuleType, lazy_torch: Any) -> Iterator[None]:
     """Make `torch.stack` of lazy experts a tensor that is read one expert at a time.
 
@@ -184,6 +226,18 @@ def _stacks_in_chunks(gguf: ModuleType, lazy_torch: Any) -> Iterator[None]:
 
 
 @contextmanager
+def _configured(base: Any, source: Checkpoint, *, plain: bool) -> Iterator[None]:
+    """Have the package read config.json as it is, if `plain`."""
+    load = base.__dict__["load_hparams"]
+    if plain:
+        base.load_hparams = staticmethod(lambda *_, **__: json.loads(json.dumps(source.config)))
+    try:
+        yield
+    finally:
+        base.load_hparams = load
+
+
+@contextmanager
 def _pruned_experts_filled_in(base: Any, source: Checkpoint) -> Iterator[None]:
     """Show the package a pruned checkpoint as if it were whole.
 
@@ -193,39 +247,78 @@ def _pruned_experts_filled_in(base: Any, source: Checkpoint) -> Iterator[None]:
     if not source.is_pruned:
         yield
         return
-    index, load = base.__dict__["index_tensors"], base.__dict__["load_hparams"]
+    index = base.__dict__["index_tensors"]
 
     def index_all(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return _filled_in(index(self, *args, **kwargs), source.num_experts)
+        return _filled_in(index(self, *args, **kwargs), source)
 
-    def load_plain(*args: Any, **kwargs: Any) -> dict[str, Any]:
-        hparams: dict[str, Any] = load.__func__(*args, **kwargs)
-        hparams.pop("quantization_config", None)
-        return hparams
-
-    base.index_tensors, base.load_hparams = index_all, staticmethod(load_plain)
+    base.index_tensors = index_all
     try:
         yield
     finally:
-        base.index_tensors, base.load_hparams = index, load
+        base.index_tensors = index
 
 
-def _filled_in(tensors: dict[str, Any], experts: int) -> dict[str, Any]:
+def _filled_in(tensors: dict[str, Any], source: Checkpoint) -> dict[str, Any]:
     found: dict[tuple[str, str], dict[int, Any]] = {}
-    for name in [n for n in tensors if n.rpartition(".")[2] in NOVICE_PARTS]:
-        del tensors[name]
-    for name, load in tensors.items():
+    whole = {n: load for n, load in tensors.items() if not set(n.split(".")) & set(NOVICE_PARTS)}
+    for name, load in whole.items():
         if match := EXPERT_KEY.fullmatch(name):
             found.setdefault((match["prefix"], match["part"]), {})[int(match["id"])] = load
-    if not found:
-        raise MoneEdgeError(
-            "this pruned checkpoint stores all experts of a layer in one tensor, which llama.cpp's "
-            "conversion cannot read; convert the model it was made from with --plan"
-        )
     for (prefix, part), loads in found.items():
-        for expert in range(experts):
-            tensors.setdefault(f"{prefix}{expert}.{part}", next(iter(loads.values())))
-    return tensors
+        for expert in range(source.num_experts):
+            whole.setdefault(f"{prefix}{expert}.{part}", next(iter(loads.values())))
+    fused = {} if found else {n: load for n, load in whole.items() if FUSED_KEY.search(n)}
+    if fused and not source.pruned_plan:
+        raise MoneEdgeError(
+            f"{source.name} stores all experts of a layer in one tensor and does not say which "
+            "are left; convert the model it was made from with --plan"
+        )
+    return whole | {name: _padded(name, load, source) for name, load in fused.items()}
+
+
+def _padded(name: str, load: Callable[[], Any], source: Checkpoint) -> Callable[[], Any]:
+    """A tensor of all kept experts, as the package wants it.
+
+    Several rows of one expert each are as good without the others. Where an expert has several rows
+    (dbrx), the package divides them by the number of experts; where one is left, it loses the
+    dimension (step3p7). Zeros, which are cut off again, fill those up.
+    """
+    layer = re.search(r"\.(?:layers|blocks)\.(\d+)\.", name)
+    plan = PrunePlan.parse(source.pruned_plan, f"{source.path / 'config.json'}")
+    kept = len(plan.kept.get(int(layer[1]), ())) if layer else 0
+
+    def padded() -> Any:
+        import torch
+
+        tensor = load()
+        rows = tensor.shape[0] // max(1, kept)
+        if ".experts." not in name and tensor.ndim != 3:  # a router
+            return tensor
+        if not kept or rows * kept != tensor.shape[0] or (rows == 1 and kept > 1):
+            return tensor
+        missing = (source.num_experts - kept) * rows
+        return torch.nn.functional.pad(tensor, (0, 0) * (tensor.ndim - 1) + (0, missing))
+
+    return padded
+
+
+def _without_padding(tensors: dict[str, LazyTensor], source: Checkpoint) -> dict[str, LazyTensor]:
+    """Tensors of experts cut to the kept ones, where a pruned checkpoint holds no others."""
+    if not source.pruned_plan or any(
+        EXPERT_KEY.fullmatch(key)
+        for key in source.tensors
+        if key.rpartition(".")[2] not in NOVICE_PARTS
+    ):
+        return tensors
+    plan = PrunePlan.parse(source.pruned_plan, f"{source.path / 'config.json'}")
+    cut = dict(tensors)
+    for layer, kept in plan.kept.items():
+        of_experts = re.compile(rf"blk\.{layer}\.ffn_(gate|up|down|gate_up)_exps\.(weight|bias)")
+        for name in filter(of_experts.fullmatch, tensors):
+            if cut[name].shape[0] != len(kept):
+                cut[name] = cut[name].select(range(len(kept)))
+    return cut
 
 
 def _lazy(gguf: ModuleType, info: Any, known: rowwise.Known) -> LazyTensor:

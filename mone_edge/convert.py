@@ -365,5 +365,11 @@ def _result(job: Job, files: tuple[Path, ...], seconds: float) -> Converted:
 
 def experts_kept(model: ModelFile) -> tuple[int, ...]:
     """Experts that the file stores, for each MoE layer."""
-    names = (EXPERT_TENSOR.format(layer=i, part="down") for i in range(model.num_layers))
-    return tuple(model.tensors[name].shape[0] for name in names if name in model.tensors)
+    counts = []
+    for layer in range(model.num_layers):
+        down = model.tensors.get(EXPERT_TENSOR.format(layer=layer, part="down"))
+        if down is not None:
+            counts.append(down.shape[0])
+        elif f"blk.{layer}.ffn_gate_inp.weight" in model.tensors:
+            counts.append(0)
+    return tuple(counts)

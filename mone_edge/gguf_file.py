@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 PER_EXPERT = re.compile(
-    r"blk\.\d+\.(ffn_(gate|up|down|gate_up)_exps|ffn_gate_inp|exp_probs_b)\.(weight|bias|scale)"
+    r"blk\.\d+\.(ffn_(gate|up|down|gate_up)_exps\.(weight|bias|scale)"
+    r"|ffn_gate_inp\.(weight|bias)|exp_probs_b(\.bias)?)"
 )
 CONTAINER_KEYS = ("general.alignment", "split.no", "split.count", "split.tensors.count")
 NUMPY_TYPES = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "I8": "i1", "I16": "<i2", "I32": "<i4",
@@ -217,9 +218,10 @@ def _require_unpruned(source: GgufSource) -> None:
 def _require_whole_stacks(source: GgufSource) -> None:
     """Every stack of experts and every router must have as many rows as there are experts."""
     for name, ref in source.tensors.items():
-        if PER_EXPERT.fullmatch(name) and ref.shape[0] != source.num_experts:
+        experts = ref.shape[1] if len(ref.shape) == 2 and ref.shape[0] == 1 else ref.shape[0]
+        if PER_EXPERT.fullmatch(name) and experts != source.num_experts:
             raise MoneEdgeError(
-                f"{source.path}: {name} is for {ref.shape[0]} experts, "
+                f"{source.path}: {name} is for {experts} experts, "
                 f"{source.architecture}.expert_count says {source.num_experts}"
             )
 

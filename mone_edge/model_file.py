@@ -35,6 +35,13 @@ class LazyTensor:
         index = list(rows)
         return replace(self, shape=shape, chunks=(lambda: self.read()[index],))
 
+    def select_columns(self, columns: Sequence[int]) -> "LazyTensor":
+        """Only these items of the last dimension, which has one number an item."""
+        shape, index = (*self.shape[:-1], len(columns)), list(columns)
+        return replace(
+            self, shape=shape, chunks=(lambda: self.read().reshape(self.shape)[..., index],)
+        )
+
     def read(self) -> Array:
         """The whole tensor; its last dimension is of stored items (bytes, of quantised types)."""
         blocks = [chunk() for chunk in self.chunks]
@@ -43,9 +50,9 @@ class LazyTensor:
         return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
 
 
-def constant(values: Array) -> LazyTensor:
+def constant(values: NDArray[Any], dtype: str = "F32") -> LazyTensor:
     """A small tensor that is already there."""
-    return LazyTensor(values.shape, (lambda: values,))
+    return LazyTensor(values.shape, (lambda: values,), dtype)
 
 
 @dataclass(frozen=True)

@@ -128,12 +128,12 @@ def apply(
     Raises:
         MoneEdgeError: the plan does not fit the model, the statistics or the fitted novices.
     """
-    from mone_edge.collect.experts import experts_modules
+    from mone_edge.collect.experts import experts_modules, num_experts, set_implementation
 
     if stats is not None:
         require_match(plan, stats)
     modules = experts_modules(model)
-    found = {index: len(module.down_proj) for index, (_, module) in modules.items()}
+    found = {index: num_experts(module) for index, (_, module) in modules.items()}
     require_shape(plan, found, "the model has")
     for index, (name, module) in modules.items():
         if plan.replacement == "drop":
@@ -144,7 +144,7 @@ def apply(
                 biases = vectors(plan, stats, index, fitted)[len(plan.kept[index]) :]
             install(module, pruned, biases, matrices(plan, fitted, index))
     if plan.replacement != "drop":
-        model.set_experts_implementation(implementation())
+        set_implementation(model, implementation())
     return model
 
 
@@ -204,20 +204,16 @@ def _experts_with_novices(
     module: Any, hidden: "Tensor", index: "Tensor", weights: "Tensor"
 ) -> "Tensor":
     """Eager experts with novices for the pruned ones: [T,H], [T,K], [T,K] -> [T,H]."""
-    from mone_edge.collect.experts import routed, run_expert
+    from mone_edge.collect.experts import output_width, routed, routed_inputs, run_expert
 
     novices: dict[int, Novice] = getattr(module, _NOVICES)
-    result = hidden.new_zeros(len(hidden), _output_width(module))
+    result = hidden.new_zeros(len(hidden), output_width(module))
     for expert, token, slot in routed(index):
+        inputs, gate = routed_inputs(module, hidden[token], weights[token, slot])
         novice = novices.get(expert)
-        inputs = hidden[token]
         output = run_expert(module, expert, inputs)[1] if novice is None else novice(inputs)
-        result.index_add_(0, token, (output * weights[token, slot, None]).to(result.dtype))
+        result.index_add_(0, token, (output * gate[:, None]).to(result.dtype))
     return result
-
-
-def _output_width(module: Any) -> int:
-    return int(module.down_proj.shape[2 if module.is_transposed else 1])
 
 
 def _drop(model: Any, name: str, experts: Any, kept: tuple[int, ...]) -> None:
@@ -227,7 +223,15 @@ def _drop(model: Any, name: str, experts: Any, kept: tuple[int, ...]) -> None:
     buffer with one row (or, if it is a single row, one column) per expert is sliced: gate weights,
     gate biases and correction biases of any name. A router that groups its experts cannot be cut.
     """
-    total = len(experts.down_proj)
+    from torch import nn
+
+    from mone_edge.collect.experts import expert_parameters, num_experts
+
+    total = num_experts(experts)
+    for owner, key, rows in list(expert_parameters(experts)):
+        by_expert = getattr(owner, key).data.unflatten(0, (total, rows))
+        own = by_expert[list(kept)].flatten(0, 1)
+        setattr(owner, key, nn.Parameter(own, requires_grad=False))
     block = model.get_submodule(name.rpartition(".")[0])
     owners = [module for key, module in block.named_modules() if "shared" not in key]
     for owner in owners:

@@ -139,7 +139,8 @@ class PrunePlan:
         for layer, ids in self.kept.items():
             experts = self.num_experts[layer]
             ascending = list(ids) == sorted(set(ids))
-            if not ids or not ascending or ids[0] < 0 or ids[-1] >= experts:
+            in_range = not ids or (ids[0] >= 0 and ids[-1] < experts)
+            if not ascending or not in_range or (not ids and self.replacement == "drop"):
                 raise MoneEdgeError(
                     f"{path}: layer {layer} keeps {len(ids)} experts of {experts}; "
                     "ids must be distinct, ascending and in range"

@@ -16,7 +16,7 @@ from mone_edge import novices
 from mone_edge.conversion import packages
 from mone_edge.errors import MoneEdgeError
 from mone_edge.low_rank import LowRankNovices
-from mone_edge.model_file import LazyTensor, ModelFile, constant
+from mone_edge.model_file import Array, LazyTensor, ModelFile, constant
 from mone_edge.plan import PrunePlan
 from mone_edge.stats import ExpertStats
 
@@ -25,12 +25,12 @@ DOWN_BIAS = "blk.{layer}.ffn_down_exps.bias"
 NOVICE = "blk.{layer}.ffn_novice_{part}.weight"
 EXPERT_WEIGHT = re.compile(r"ffn_(gate|up|down|gate_up)_exps\.weight")
 EXPERT_VECTOR = re.compile(r"ffn_(gate|up|down|gate_up)_exps\.(bias|scale)")
-ROUTER = re.compile(r"ffn_gate_inp\.(weight|bias)|exp_probs_b\.bias")
-UNSUPPORTED_TENSOR = re.compile(r"ffn_\w+_chexps\.|ffn_gate_tid2eid\.")
-UNSUPPORTED_ARCH = {
-    "llama4": "it applies the gate weights before the experts",
-    "grovemoe": "its experts share adjugate experts",
-}
+ROUTER = re.compile(r"ffn_gate_inp\.(weight|bias)|exp_probs_b(\.bias)?")  # hy-v3: no suffix
+# Where the order of experts means something: groups of experts share one, or tokens have their own.
+ORDERED = re.compile(r"ffn_\w+_chexps\.|ffn_gate_tid2eid\.")
+SLOTS = "blk.{layer}.ffn_gate_eid2slot.weight"
+# Whose `ffn_down_exps.scale` is part of the gate weight that statistics are of.
+SCALED_GATES = ("gemma4",)
 
 
 def apply_plan(
@@ -51,14 +51,18 @@ def apply_plan(
         MoneEdgeError: the plan does not fit the model, or the architecture cannot hold it.
     """
     _require_fit(model, plan)
+    ordered = _ordered_layers(model, plan)
     tensors: dict[str, LazyTensor] = {}
     for name, tensor in model.tensors.items():
         layer, part = _split(name)
-        touched = layer in plan.kept and bool(plan.pruned(layer))
-        tensors[name] = _pruned_tensor(part, tensor, plan, layer) if touched else tensor
+        if layer not in plan.kept or not plan.pruned(layer):
+            tensors[name] = tensor
+        elif not EXPERT_WEIGHT.fullmatch(part) or plan.kept[layer]:
+            tensors[name] = _pruned_tensor(part, tensor, plan, layer, ordered=layer in ordered)
     if plan.replacement != "drop":
-        tensors |= _novice_biases(tensors, plan, stats, fitted)
-        tensors |= _novice_matrices(plan, fitted)
+        tensors |= _novice_biases(model, tensors, plan, stats, fitted)
+        tensors |= _novice_matrices(model, plan, fitted)
+        tensors |= {SLOTS.format(layer=layer): _slots(plan, layer) for layer in ordered}
     return replace(model, tensors=tensors, metadata=model.metadata | _metadata(model, plan))
 
 
@@ -69,17 +73,6 @@ def _split(name: str) -> tuple[int, str]:
 
 
 def _require_fit(model: ModelFile, plan: PrunePlan) -> None:
-    if model.arch in UNSUPPORTED_ARCH:
-        raise MoneEdgeError(f"{model.arch} cannot be pruned yet: {UNSUPPORTED_ARCH[model.arch]}")
-    groups = model.value("{arch}.expert_group_count", 1)
-    if groups > 1:
-        raise MoneEdgeError(
-            f"{model.arch} routes within {groups} groups of experts, which pruning would mix up; "
-            "it cannot be pruned yet"
-        )
-    for name in model.tensors:
-        if UNSUPPORTED_TENSOR.match(_split(name)[1]):
-            raise MoneEdgeError(f"{model.arch} cannot be pruned yet: it holds {name}")
     for layer, count in plan.num_experts.items():
         if not any(
             f"blk.{layer}.ffn_{part}_exps.weight" in model.tensors for part in ("up", "gate_up")
@@ -94,16 +87,59 @@ def _require_fit(model: ModelFile, plan: PrunePlan) -> None:
             )
 
 
-def _pruned_tensor(part: str, tensor: LazyTensor, plan: PrunePlan, layer: int) -> LazyTensor:
+def _ordered_layers(model: ModelFile, plan: PrunePlan) -> tuple[int, ...]:
+    """Pruned layers whose router has to stay as it is.
+
+    Raises:
+        MoneEdgeError: the plan would cut such a router.
+    """
+    groups = model.value("{arch}.expert_group_count", 1)
+    marked = {_split(name)[0] for name in model.tensors if ORDERED.match(_split(name)[1])}
+    ordered = tuple(i for i in plan.kept if plan.pruned(i) and (groups > 1 or i in marked))
+    if ordered and plan.replacement == "drop":
+        why = f"it routes within {groups} groups" if groups > 1 else "others depend on their order"
+        raise MoneEdgeError(
+            f"experts of {model.arch} cannot be dropped: {why}; use --replacement mean"
+        )
+    return ordered
+
+
+def _slots(plan: PrunePlan, layer: int) -> LazyTensor:
+    """Where each of the router's experts is stored: the inverse of the plan's order."""
+    return constant(np.argsort(plan.order(layer)).astype(np.int32), "I32")
+
+
+def _pruned_tensor(
+    part: str, tensor: LazyTensor, plan: PrunePlan, layer: int, *, ordered: bool
+) -> LazyTensor:
     kept, order = plan.kept[layer], plan.order(layer)
-    if EXPERT_WEIGHT.fullmatch(part):
-        return tensor.select(kept)
-    if EXPERT_VECTOR.fullmatch(part) or ROUTER.fullmatch(part):
-        return tensor.select(kept if plan.replacement == "drop" else order)
+    rows = kept if plan.replacement == "drop" else order
+    if EXPERT_WEIGHT.fullmatch(part):  # already without the others in a pruned checkpoint
+        return tensor if tensor.shape[0] == len(kept) else tensor.select(kept)
+    if EXPERT_VECTOR.fullmatch(part):
+        if plan.replacement == "drop":
+            return tensor.select(kept)
+        return _kept_then_zeros(tensor, plan, layer)
+    if ROUTER.fullmatch(part) and not ordered:
+        one_row = tensor.shape == (1, plan.num_experts[layer])
+        return tensor.select_columns(rows) if one_row else tensor.select(rows)
     return tensor
 
 
+def _kept_then_zeros(tensor: LazyTensor, plan: PrunePlan, layer: int) -> LazyTensor:
+    """Biases and scales of kept experts; nothing reads those of the others."""
+    kept, total = plan.kept[layer], plan.num_experts[layer]
+    own = tensor if tensor.shape[0] == len(kept) else tensor.select(kept)
+
+    def values() -> Array:
+        rows = own.read()
+        return np.concatenate([rows, np.zeros((total - len(kept), *rows.shape[1:]), rows.dtype)])
+
+    return LazyTensor((total, *tensor.shape[1:]), (values,), tensor.dtype)
+
+
 def _novice_biases(
+    model: ModelFile,
     tensors: dict[str, LazyTensor],
     plan: PrunePlan,
     stats: ExpertStats | None,
@@ -113,9 +149,10 @@ def _novice_biases(
     biases: dict[str, LazyTensor] = {}
     for layer in plan.kept:
         name = DOWN_BIAS.format(layer=layer)
-        if not plan.pruned(layer) or (plan.replacement == "zero" and name not in tensors):
+        needed = name in tensors or not plan.kept[layer]
+        if not plan.pruned(layer) or (plan.replacement == "zero" and not needed):
             continue
-        vectors = novices.vectors(plan, stats, layer, fitted)
+        vectors = novices.vectors(plan, stats, layer, fitted) * _scales(model, plan, layer)
         if name in tensors:  # the model's own biases are part of the measured outputs
             own = tensors[name].read()
             vectors[: len(plan.kept[layer])] = own[: len(plan.kept[layer])]
@@ -123,15 +160,29 @@ def _novice_biases(
     return biases
 
 
-def _novice_matrices(plan: PrunePlan, fitted: LowRankNovices | None) -> dict[str, LazyTensor]:
+def _novice_matrices(
+    model: ModelFile, plan: PrunePlan, fitted: LowRankNovices | None
+) -> dict[str, LazyTensor]:
     """`ffn_novice_down` [P, r, H] and `ffn_novice_up` [P, D, r], an expert read at a time."""
     tensors: dict[str, LazyTensor] = {}
     for layer in plan.kept:
         found = novices.matrices(plan, fitted, layer)
-        for part, stack in (("down", found.down), ("up", found.up)) if found else ():
+        if found is None:
+            continue
+        scales = np.broadcast_to(_scales(model, plan, layer), (plan.num_experts[layer], 1))
+        up = found.up * scales[len(plan.kept[layer]) :, :, None]
+        for part, stack in (("down", found.down), ("up", up)):
             chunks = tuple(functools.partial(np.array, rows) for rows in stack)
             tensors[NOVICE.format(layer=layer, part=part)] = LazyTensor(stack.shape, chunks)
     return tensors
+
+
+def _scales(model: ModelFile, plan: PrunePlan, layer: int) -> Array:
+    """What llama.cpp multiplies outputs by before the bias: [experts, 1] in the plan's order."""
+    scale = model.tensors.get(f"blk.{layer}.ffn_down_exps.scale")
+    if scale is None or model.arch not in SCALED_GATES:
+        return np.ones((1, 1), np.float32)
+    return scale.read().reshape(-1, 1)[list(plan.order(layer))]
 
 
 def _metadata(model: ModelFile, plan: PrunePlan) -> dict[str, Any]:

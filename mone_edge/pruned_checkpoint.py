@@ -129,7 +129,7 @@ def _no_matrices(bias: Any) -> tuple[Any, Any]:
 def _expert_keys(source: Checkpoint) -> Iterator[tuple[int, int, str]]:
     """(layer, expert, key) of every tensor of a single expert."""
     for key in source.tensors:
-        match, block = EXPERT_KEY.fullmatch(key), re.search(r"\blayers\.(\d+)\.", key)
+        match, block = EXPERT_KEY.fullmatch(key), re.search(r"\b(?:layers|blocks)\.(\d+)\.", key)
         if match and block:
             yield int(block[1]), int(match["id"]), key
 

@@ -17,7 +17,18 @@ from transformers.quantizers.auto import (
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from mone_edge.collect.experts import experts_modules, input_width, register, routed, run_expert
+from mone_edge.collect.experts import (
+    expert_parameters,
+    experts_modules,
+    input_width,
+    num_experts,
+    output_width,
+    register,
+    routed,
+    routed_inputs,
+    run_expert,
+    set_implementation,
+)
 from mone_edge.errors import MoneEdgeError
 from mone_edge.novices import Novice
 from mone_edge.plan import PrunePlan
@@ -63,7 +74,7 @@ class NoviceQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
         plan = PrunePlan.parse(self.quantization_config.plan, "config.json")
         for layer, (name, module) in experts_modules(model).items():
-            if layer not in plan.kept or plan.num_experts[layer] != len(module.down_proj):
+            if layer not in plan.kept or plan.num_experts[layer] != num_experts(module):
                 raise MoneEdgeError(f"config.json has no plan for {name}")
             _shrink(module, plan, layer)
             _add_novices(module, len(plan.pruned(layer)), self._rank(plan, layer))
@@ -79,7 +90,7 @@ class NoviceQuantizer(HfQuantizer):  # type: ignore[misc]
         return rank
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        model.set_experts_implementation(IMPLEMENTATION)
+        set_implementation(model, IMPLEMENTATION)
         return model
 
     def get_weight_conversions(self) -> list[Any]:
@@ -99,19 +110,18 @@ class NoviceQuantizer(HfQuantizer):  # type: ignore[misc]
 
 def _shrink(module: Any, plan: PrunePlan, layer: int) -> None:
     """Leave room for the kept experts only (on meta)."""
-    total, kept, pruned = plan.num_experts[layer], plan.kept[layer], plan.pruned(layer)
-    for name, parameter in list(module.named_parameters(recurse=False)):
-        if len(parameter) == total:
-            rows = parameter.new_empty(len(kept), *parameter.shape[1:])
-            setattr(module, name, nn.Parameter(rows, requires_grad=parameter.requires_grad))
+    kept, pruned = plan.kept[layer], plan.pruned(layer)
+    for owner, name, rows in list(expert_parameters(module)):
+        parameter = getattr(owner, name)
+        small = parameter.new_empty(rows * len(kept), *parameter.shape[1:])
+        setattr(owner, name, nn.Parameter(small, requires_grad=parameter.requires_grad))
     rows_of = {expert: row for row, expert in enumerate(kept)}
     setattr(module, _ROWS, rows_of | {expert: ~row for row, expert in enumerate(pruned)})
 
 
 def _add_novices(module: Any, pruned: int, rank: int) -> None:
     """Leave room for the novices (on meta)."""
-    like = module.down_proj
-    width = like.shape[2 if module.is_transposed else 1]
+    like, width = module.down_proj, output_width(module)
     shapes: dict[str, tuple[int, ...]] = {NOVICES: (pruned, width)} if pruned else {}
     if rank:
         shapes |= {
@@ -133,13 +143,12 @@ def _run_kept_experts(
 ) -> "Tensor":
     """Kept experts by their row, novices for the others: [T,H], [T,K], [T,K] -> [T,D]."""
     rows: dict[int, int] = getattr(module, _ROWS)
-    width = module.down_proj.shape[2 if module.is_transposed else 1]
-    result = hidden.new_zeros(len(hidden), width)
+    result = hidden.new_zeros(len(hidden), output_width(module))
     for expert, token, slot in routed(index):
+        inputs, gate = routed_inputs(module, hidden[token], weights[token, slot])
         row = rows[expert]
-        inputs = hidden[token]
         output = run_expert(module, row, inputs)[1] if row >= 0 else _novice(module, ~row)(inputs)
-        result.index_add_(0, token, (output * weights[token, slot, None]).to(result.dtype))
+        result.index_add_(0, token, (output * gate[:, None]).to(result.dtype))
     return result
 
 

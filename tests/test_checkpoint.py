@@ -21,7 +21,7 @@ from mone_edge.errors import MoneEdgeError
 from mone_edge.plan import PrunePlan, make_plan
 from mone_edge.recipe import Calibration, Recipe
 from mone_edge.safetensors_file import Entry, write_shards
-from mone_edge.source import Source, resolve
+from mone_edge.source import Checkpoint, Source, resolve
 from tests.conftest import Calibrated
 from tests.test_oracle import uneven_plan
 from tests.tiny import MODEL_TYPES
@@ -189,9 +189,11 @@ def test_other_pruners_checkpoints_are_read(calibrated: Make, tmp_path: Path) ->
     assert cli.run([*arguments, "-o", str(tmp_path / "m.gguf")]) == 0
 
 
-def test_experts_in_one_tensor_convert_from_the_original_only() -> None:
+def test_experts_in_one_tensor_are_refused_without_a_plan(tmp_path: Path) -> None:
+    config = {"num_experts": 8, "approximate_experts": {"0": [1]}}
+    foreign = Checkpoint("theirs", tmp_path, config)
     with pytest.raises(MoneEdgeError, match="all experts of a layer in one tensor"):
-        _filled_in({"model.layers.0.mlp.experts.down_proj": None}, 8)
+        _filled_in({"model.layers.0.mlp.experts.down_proj": None}, foreign)
 
 
 def test_what_cannot_be_is_refused(

@@ -253,7 +253,7 @@ def test_missing_and_foreign_files_get_one_line(tmp_path: Path) -> None:
     [
         ("version", 2),
         ("kept", {"0": [0, 1]}),
-        ("kept", {"0": [], "1": [0]}),
+        ("kept", {"0": [8], "1": [0]}),
         ("kept", {"0": [1, 0], "1": [0]}),
         ("kept", {"0": [0, 8], "1": [0]}),
         ("kept", {"0": [0, 0], "1": [0]}),

@@ -10,6 +10,11 @@ from pathlib import Path
 from typing import Any
 
 MODEL_TYPES = ("qwen2_moe", "olmoe", "qwen3_moe", "mixtral")
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embeddings.weight")
+ROUTERS = ("gate.weight", "router.weight", "router.layer.weight", "router.classifier.weight")
+ROUTERS += ("router.proj.weight", "router.gate.weight")
+CORRECTIONS = ("e_score_correction_bias", "expert_bias", "moe_statics")
+OWN_START = ("A_log", "dt_bias", ".D")
 BOS, EOS = "<s>", "</s>"
 VOCAB = 512
 CHAT_TEMPLATE = (
@@ -55,14 +60,14 @@ def make_checkpoint(
     fields = _config_fields(model_type, layers, experts, top_k, hidden, inner) | overrides
     config = AutoConfig.for_model(model_type, **fields)
     model = AutoModelForCausalLM.from_config(config).to(torch.float32)
-    _fill(model, seed)
+    fill(model, seed)
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
 
 
-def make_tokenizer() -> Any:
-    """A byte-level BPE of 512 tokens trained on `TEXT` (pre-tokenizer: GPT-2's)."""
+def make_tokenizer(size: int = VOCAB) -> Any:
+    """A byte-level BPE of `size` tokens trained on `TEXT` (pre-tokenizer: GPT-2's)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -70,7 +75,7 @@ def make_tokenizer() -> Any:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB,
+        vocab_size=size,
         special_tokens=[BOS, EOS],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
@@ -120,24 +125,38 @@ def _config_fields(
     return fields | own[model_type]
 
 
-def _fill(model: Any, seed: int) -> None:
-    """Seeded weights: fan-in scaled, a decisive router, loud experts, embeddings off centre."""
+def fill(model: Any, seed: int) -> None:
+    """Seeded weights: fan-in scaled, a decisive router, loud experts, embeddings off centre.
+
+    What a state space, a delta net or a hyper-connection starts from keeps its own values.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
+            if name.endswith(OWN_START) or ".hc_" in name or "_hc." in name:
+                continue
             if weight.ndim == 1:
-                norm = "norm" in name
+                norm = "norm" in name or name.endswith("scale")
                 weight.copy_(float(norm) + 0.1 * noise)
-            elif "embed_tokens" in name:
+            elif name.endswith(EMBEDDINGS):
                 # A shared offset gives every expert a mean output worth keeping.
                 weight.copy_(noise + 0.5 * torch.randn(weight.shape[1], generator=generator))
             else:
-                gain = 2.0 if _is_router(name) or ".experts." in name else 1.0
-                weight.copy_(gain * noise / weight.shape[-1] ** 0.5)
+                gain = 2.0 if name.endswith(ROUTERS) or ".experts." in name else 1.0
+                weight.copy_(gain * noise / _inputs(model, name, weight) ** 0.5)
+        for name, values in model.named_buffers():
+            if name.endswith(CORRECTIONS):
+                values.copy_(0.1 * torch.randn(values.shape, generator=generator))
+            elif name.endswith("tid2eid"):  # the experts of each token, none twice
+                experts = model.config.n_routed_experts
+                order = torch.rand(len(values), experts, generator=generator).argsort(1)
+                values.copy_(order[:, : values.shape[1]])
 
 
-def _is_router(name: str) -> bool:
-    return name.endswith("mlp.gate.weight")
+def _inputs(model: Any, name: str, weight: Any) -> int:
+    """Numbers that one output of a weight is a sum over."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    return int(weight.shape[-2 if getattr(owner, "is_transposed", False) else -1])

@@ -29,9 +29,20 @@ class LayerAccumulator:
 
 
 class BatchSums:
-    """One forward call of one MoE layer: T tokens, top-k experts each."""
+    """One forward call of one MoE layer: T tokens, top-k experts each.
 
-    def __init__(self, num_experts: int, hidden: Tensor, index: Tensor, weights: Tensor) -> None:
+    Where weights multiply the inputs (`weighs_inputs`), outputs are contributions and weigh 1.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden: Tensor,
+        index: Tensor,
+        weights: Tensor,
+        *,
+        weighs_inputs: bool = False,
+    ) -> None:
         self.num_experts = num_experts
         self.precision = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         self.tokens, self.top_k = index.shape
@@ -41,7 +52,10 @@ class BatchSums:
         self.gates.scatter_(1, index, weights.to(self.precision))  # [T, E]
         routed = torch.zeros_like(self.gates).scatter_(1, index, 1.0)  # [T, E]
         self.count = routed.sum(0)
-        self.input_sq_sum = routed.T @ hidden.to(self.precision).square()  # [E, H]
+        scale_sq = self.gates.square() if weighs_inputs else routed
+        self.input_sq_sum = scale_sq.T @ hidden.to(self.precision).square()  # [E, H]
+        if weighs_inputs:
+            self.gates = routed
         self.columns: dict[str, Tensor] = {}
         self.scalars = torch.zeros(5, num_experts, dtype=self.precision, device=hidden.device)
         self.index = index

@@ -22,7 +22,16 @@ from torch import Tensor
 
 from mone_edge import fit, novices
 from mone_edge.calibration import Batches
-from mone_edge.collect.experts import experts_modules, input_width, register, run_expert
+from mone_edge.collect.experts import (
+    experts_modules,
+    input_width,
+    num_experts,
+    output_width,
+    register,
+    routed_inputs,
+    run_expert,
+    set_implementation,
+)
 from mone_edge.collect.hidden import HiddenStates
 from mone_edge.collect.layerwise import LayerCalls, open_streamed
 from mone_edge.collect.streaming import OUTSIDE, StreamedModel
@@ -68,7 +77,7 @@ def fit_checkpoint(
             streamed, the disk is too small, or the work folder is another run's.
     """
     streamed = open_streamed(source, device, dtype)
-    found = {i: len(m.down_proj) for i, (_, m) in experts_modules(streamed.model).items()}
+    found = {i: num_experts(m) for i, (_, m) in experts_modules(streamed.model).items()}
     novices.require_shape(plan, found, "the model has")
     made = provenance(streamed.model, calibration, source.name, source.fingerprint)
     key = run_key(made, "fit", batch_tokens) | {"plan": plan.sha256()}
@@ -114,10 +123,6 @@ class _Sample:
         """The tokens [n] that an expert got, ascending, and their weights [n]."""
         token, slot = np.nonzero(np.concatenate(self.experts) == expert)
         return token, np.concatenate(self.gates)[token, slot].astype(np.float64)
-
-
-def _output_width(module: Any) -> int:
-    return int(module.down_proj.shape[2 if module.is_transposed else 1])
 
 
 def _recording_experts(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -167,7 +172,7 @@ class _Run:
             found = self._fit(number, name, block, module, shape) if pruned else None
             biases = found.bias if found else np.zeros((0, 1), np.float32)
             novices.install(module, pruned, biases, found, dtype=self.streamed.dtype)
-        self.streamed.model.set_experts_implementation(novices.implementation())
+        set_implementation(self.streamed.model, novices.implementation())
         shape = self._run_on(number, name, shape)
         self.streamed.release(name)
         return shape
@@ -178,7 +183,7 @@ class _Run:
         """Record what the layer's experts read, and fit the pruned ones."""
         sample = _Sample(self.folder.path / "inputs.bin")
         tokens = self.calls.calibration.tokens.size
-        self.streamed.model.set_experts_implementation(IMPLEMENTATION)
+        set_implementation(self.streamed.model, IMPLEMENTATION)
         with sample.of(module, tokens, self.streamed.dtype):
             for start, batch in self.calls.batches():
                 self.calls.layer(name, batch, self._read_hidden(number, shape, start, len(batch)))
@@ -230,9 +235,9 @@ class _Run:
 
 
 def _limits(replacement: str, module: Any) -> fit.Limits:
-    experts = len(module.down_proj)
+    experts = num_experts(module)
     weights = sum(p.numel() for p in module.parameters(recurse=False)) // experts
-    return fit.Limits(replacement, input_width(module), _output_width(module), weights)
+    return fit.Limits(replacement, input_width(module), output_width(module), weights)
 
 
 def _moments(module: Any, expert: int, sample: _Sample, tokens: int) -> tuple[Moments, Moments]:
@@ -240,17 +245,20 @@ def _moments(module: Any, expert: int, sample: _Sample, tokens: int) -> tuple[Mo
     assert sample.inputs is not None
     rows, gates = sample.routed(expert)
     judges = fit.held_out(tokens)[rows]
-    nothing = np.zeros(input_width(module)), np.zeros(_output_width(module))
+    nothing = np.zeros(input_width(module)), np.zeros(output_width(module))
     sums = (Moments(*nothing), Moments(*nothing))
     for start in range(0, len(rows), CHUNK_TOKENS):
         part = slice(start, start + CHUNK_TOKENS)
         inputs = sample.inputs.take(rows[part]).to(module.down_proj.device)
+        gate = torch.from_numpy(gates[part]).to(inputs.device)
+        inputs, gate = routed_inputs(module, inputs, gate)
         outputs = run_expert(module, expert, inputs)[1]
         x, y = (t.float().cpu().numpy() for t in (inputs, outputs))
+        weight = gate.cpu().numpy() ** 2
         if not start:
             sums = (Moments.near(x, y), Moments.near(x, y))
         for into, chosen in zip(sums, (~judges[part], judges[part]), strict=True):
-            into.add(x[chosen], y[chosen], gates[part][chosen] ** 2)
+            into.add(x[chosen], y[chosen], weight[chosen])
     if not all(np.isfinite(s.total) and np.isfinite(s.weight) for s in sums):
         raise MoneEdgeError(
             f"the outputs of expert {expert} are not finite; the weights are damaged, or overflow "

@@ -19,10 +19,12 @@ from mone_edge.collect.sums import RoutedSums, Values, squared_columns
 from mone_edge.errors import MoneEdgeError
 from mone_edge.graph import Node
 from mone_edge.llama import GgufModel
+from mone_edge.prune import SCALED_GATES
 from mone_edge.stats import ExpertStats, LayerStats, LinearStats, Provenance
 
 EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down|gate_up)_exps\.weight")
 RAW_OUTPUT = re.compile(r"ffn_moe_down_(?:scaled|biased)-(\d+)")  # replaces that of the product
+SCALED_OUTPUT = re.compile(r"ffn_moe_down_scaled-(\d+)")
 WEIGHTED = re.compile(r"ffn_moe_weighted-(\d+)")
 ROUTER = re.compile(r"blk\.\d+\.ffn_gate_inp\.weight")
 HEADS = ("output.weight", "token_embd.weight")
@@ -61,6 +63,7 @@ def collect(
     options: dict[str, Any] = {"n_ctx": length, "threads": threads, "exact": exact}
     with GgufModel(path, observer=observer, **options) as llama:
         architecture = llama.metadata("general.architecture")
+        observer.scaled_gates = architecture in SCALED_GATES
         for done, row in enumerate(tokens.tolist(), start=1):
             llama.read(row)
             if on_progress is not None:
@@ -124,6 +127,9 @@ class ExpertObserver:
         self.linears: dict[str, LinearStats] = {}
         self._routed: dict[int, RoutedSums] = {}  # of this batch's blocks that are not finished
         self._begun: set[int] = set()  # those blocks
+        self.scaled_gates = False  # whether a scale of the outputs belongs to their weights
+        self._scales: dict[int, Values] = {}  # [T, K, 1] of this batch's blocks, where it does
+        self._weighted: set[int] = set()  # of this batch, blocks that weight their experts' inputs
         self._inputs: dict[int, LinearStats] = {}  # of this batch, by address of the input's node
         self._seen = 0  # address of the node that was computed last
         self._head = ""  # once known: the weight that nothing but logits comes from
@@ -131,14 +137,20 @@ class ExpertObserver:
     def start(self) -> None:
         self._routed.clear()
         self._begun.clear()
+        self._weighted.clear()
+        self._scales.clear()
         self._inputs.clear()
 
     def wants(self, node: Node) -> bool:
         name = node.name
         if name.startswith("ffn_moe_"):
             if match := WEIGHTED.fullmatch(name):
-                if self.watches(int(match[1])):
+                if not self.watches(int(match[1])):
+                    return False
+                if int(match[1]) in self._begun:
                     self._finish(int(match[1]), node)
+                else:  # llama4: what experts read is weighted, and an output is a contribution
+                    self._weighted.add(int(match[1]))
                 return False
             if match := RAW_OUTPUT.fullmatch(name):
                 return int(match[1]) in self._begun
@@ -173,6 +185,9 @@ class ExpertObserver:
             self._see_product(node)
         elif op == "MUL_MAT":
             self._see_linear(node)
+        elif self.scaled_gates and (match := SCALED_OUTPUT.fullmatch(name)):
+            if scale := node.source(1):
+                self._scales[int(match[1])] = scale.values().copy()
         elif name == HEAD_INPUT:
             self._add_linear(self._head, _linear(node))
             return False  # logits are not needed, and a large vocabulary makes them dear
@@ -186,11 +201,17 @@ class ExpertObserver:
         layer, values = int(match[1]), inputs.values()
         if layer not in self._begun:
             if values.ndim != 3 or values.shape[1] != 1:
-                raise MoneEdgeError(f"block {layer} weights its experts' inputs: not supported")
+                raise MoneEdgeError(
+                    f"block {layer} weights the inputs of several experts a token: not supported"
+                )
             self._begun.add(layer)
             self._begin(layer, stack.stacked, ids.values(), values[:, 0])
         if match[2] == "down":
             self._add_inner(layer, values)
+            if layer in self._weighted:
+                self._begun.discard(layer)
+                outputs = node.values()
+                self._end(layer, outputs, np.ones((*outputs.shape[:2], 1), np.float32))
 
     def _begin(self, layer: int, experts: int, ids: Values, inputs: Values) -> None:
         """The ids [T, K] and the input [T, H] of a block's experts, not copied."""
@@ -212,13 +233,17 @@ class ExpertObserver:
         Raises:
             MoneEdgeError: something else happens to the outputs first.
         """
-        outputs, weights, begun = node.source(0), node.source(1), layer in self._begun
+        outputs, weights = node.source(0), node.source(1)
         self._begun.discard(layer)
-        if not begun or outputs is None or weights is None or outputs.address != self._seen:
+        if outputs is None or weights is None or outputs.address != self._seen:
             raise MoneEdgeError(
                 f"block {layer} does not weight its experts' outputs: not supported"
             )
-        self._end(layer, outputs.values(), weights.values())
+        values, gates = outputs.values(), weights.values()
+        if (scale := self._scales.pop(layer, None)) is not None:
+            values = np.divide(values, scale, out=np.zeros_like(values), where=scale != 0)
+            gates = gates * scale
+        self._end(layer, values, gates)
 
     def _see_linear(self, node: Node) -> None:
         inputs, weight = node.source(1), _weight(node)

@@ -37,7 +37,7 @@ def load_model(
         MoneEdgeError: not a loadable checkpoint, weights missing, or not enough memory.
         UsageError: no such device or dtype.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     if read_config(model_dir).get("quantization_config", {}).get("quant_method") == PRUNED_METHOD:
         importlib.import_module("mone_edge.pruned_model")  # registers its loader
@@ -45,14 +45,15 @@ def load_model(
     precision = torch_dtype(dtype) if dtype != "auto" else choose_dtype(model_dir, place)
     try:
         with quiet():
-            model, report = AutoModelForCausalLM.from_pretrained(
+            local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+            config = AutoConfig.from_pretrained(model_dir, **local)
+            model, report = auto_model(config).from_pretrained(
                 model_dir,
                 dtype=precision,
-                local_files_only=True,
-                trust_remote_code=False,
                 use_safetensors=True,
                 experts_implementation=experts,
                 output_loading_info=True,
+                **local,
             )
     except LOAD_ERRORS as error:
         raise MoneEdgeError(f"cannot load {model_dir}: {reason(error)}") from error
@@ -63,6 +64,17 @@ def load_model(
             f"(first: {missing[0]}); the checkpoint is incomplete"
         )
     return model.eval().to(place)
+
+
+def auto_model(config: Any) -> Any:
+    """transformers' class that makes the model of a config: with pictures only where it must."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto import modeling_auto
+
+    text = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
+    pictures = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    only_pictures = type(config) in pictures and type(config) not in text
+    return AutoModelForImageTextToText if only_pictures else AutoModelForCausalLM
 
 
 def choose_device(device: str) -> torch.device:

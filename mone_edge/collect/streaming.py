@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from mone_edge.collect.experts import experts_modules, model_type
-from mone_edge.collect.loading import stored_dtype, torch_dtype
+from mone_edge.collect.adapters import EAGER
+from mone_edge.collect.experts import experts_modules, model_type, set_implementation
+from mone_edge.collect.loading import auto_model, stored_dtype, torch_dtype
 from mone_edge.documents import reason
 from mone_edge.errors import MoneEdgeError
 from mone_edge.safetensors_header import item_bytes
@@ -192,17 +193,17 @@ def on_meta(source: Checkpoint, dtype: torch.dtype = torch.float32) -> Any:
     Raises:
         MoneEdgeError: transformers cannot build it.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(
             source.path, local_files_only=True, trust_remote_code=False
         )
         with torch.device("meta"), quiet():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            model = auto_model(config).from_config(config, dtype=dtype, trust_remote_code=False)
     except LOAD_ERRORS as error:
         raise MoneEdgeError(f"cannot load {source.path}: {reason(error)}") from error
-    model.set_experts_implementation("eager")
+    set_implementation(model, EAGER)
     return model.eval()
 
 

@@ -21,9 +21,13 @@ from mone_edge.collect.experts import (
     experts_implementation,
     experts_modules,
     model_type,
+    num_experts,
+    output_width,
     register,
     routed,
+    routed_inputs,
     run_expert,
+    weighs_inputs,
 )
 from mone_edge.collect.loading import checkpoint_names, load_model
 from mone_edge.collect.partial import PartialSums
@@ -123,9 +127,7 @@ def collect_loaded(
 def observe_experts(model: Any) -> Iterator[dict[int, LayerAccumulator]]:
     """While open, every forward pass of `model` adds to the yielded sums, by block index."""
     modules = experts_modules(model)
-    sums = {
-        index: LayerAccumulator(len(module.down_proj)) for index, (_, module) in modules.items()
-    }
+    sums = {index: LayerAccumulator(num_experts(module)) for index, (_, module) in modules.items()}
     with experts_implementation(model, IMPLEMENTATION):
         try:
             for index, (_, module) in modules.items():
@@ -139,11 +141,12 @@ def observe_experts(model: Any) -> Iterator[dict[int, LayerAccumulator]]:
 def _collecting_experts(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """Eager experts that also add to their module's sums: [T,H], [T,K], [T,K] -> [T,H]."""
     accumulator: LayerAccumulator = getattr(module, _ACCUMULATOR)
-    batch = BatchSums(accumulator.num_experts, hidden, index, weights)
-    result = torch.zeros_like(hidden)
+    scaled = weighs_inputs(module)
+    batch = BatchSums(accumulator.num_experts, hidden, index, weights, weighs_inputs=scaled)
+    result = hidden.new_zeros(len(hidden), output_width(module))
     for expert, token, slot in routed(index):
-        gate = weights[token, slot]
-        inner, output = run_expert(module, expert, hidden[token])
+        inputs, gate = routed_inputs(module, hidden[token], weights[token, slot])
+        inner, output = run_expert(module, expert, inputs)
         batch.add_expert(expert, token, slot, gate, inner, output)
         result.index_add_(0, token, (output * gate[:, None]).to(result.dtype))
     accumulator.add(batch)

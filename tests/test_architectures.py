@@ -1,0 +1,25 @@
+"""A handful of the matrix of architectures, all stages: `python -m benchmarks.architectures`."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import architectures as benchmark
+
+REPRESENTATIVE = {
+    "gpt_oss": "fused, transposed, with biases",
+    "dbrx": "undecorated, all experts in one matrix",
+    "llama4": "undecorated, gate weights before the experts",
+    "deepseek_v3 (groups)": "routing within groups, a correction bias",
+    "nemotron_h": "no gate projection, a hybrid",
+    "step3p7": "undecorated, pictures, names of its own",
+}
+
+
+@pytest.mark.usefixtures("built_runtime")
+@pytest.mark.parametrize("name", REPRESENTATIVE)
+def test_every_stage_works(name: str, tmp_path: Path) -> None:
+    cells = benchmark.run_stages(name, tmp_path)
+    assert "deviation" in cells.pop("plan")
+    bad = {stage: cell for stage, cell in cells.items() if not benchmark.works(cell)}
+    assert not bad
