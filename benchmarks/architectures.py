@@ -337,8 +337,8 @@ def table(results: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
         lines.append(f"| `{name}` | " + " | ".join(row) + " |")
     lines += ["", "## Reasons", ""]
     lines += [f"{number}. {reason}" for number, reason in enumerate(reasons, start=1)]
-    notes = {n: e.note for n, e in architectures.ARCHITECTURES.items() if e.note}
-    lines += ["", "## Notes", "", *(f"- `{name}`: {note}" for name, note in notes.items()), ""]
+    notes = [f"- `{name}`: {note}" for name, note in architectures.NOTES.items()]
+    lines += ["", "## Notes", "", NOTE_OF_ALL, "", *notes, ""]
     return "\n".join(lines)
 
 
@@ -364,6 +364,13 @@ the same. In brackets: the reason below.
   both must hold the tensors of the direct road
 - **statistics by llama.cpp**: of the whole GGUF, against torch's
 """
+
+
+NOTE_OF_ALL = """\
+What transformers does not write when it saves a model, but checkpoints on the hub have, is put
+back: keys of config.json (`scoring_func`, ...), names and orientation of weights. Attention that
+selects keys selects more than there are here. longcat_flash, not in llama.cpp, is refused: its
+router also selects experts that copy their input."""
 
 
 def _cell_text(cell: Mapping[str, Any], reasons: list[str]) -> str:

@@ -24,7 +24,7 @@ from mone_edge.errors import MoneEdgeError, UsageError
 from mone_edge.model_file import Array, Chunk, LazyTensor, ModelFile
 from mone_edge.novices import NOVICE_PARTS
 from mone_edge.plan import PrunePlan
-from mone_edge.source import EXPERT_KEY, Checkpoint
+from mone_edge.source import EXPERT_KEY, FOREIGN_SUFFIX, Checkpoint
 from mone_edge.transformers_quiet import LOAD_ERRORS, quiet
 
 FUSED_KEY = re.compile(r"\.(?:experts|moe)\.")  # of all experts of a layer, unless a router's
@@ -227,10 +227,18 @@ def _stacks_in_chunks(gguf: ModuleType, lazy_torch: Any) -> Iterator[None]:
 
 @contextmanager
 def _configured(base: Any, source: Checkpoint, *, plain: bool) -> Iterator[None]:
-    """Have the package read config.json as it is, if `plain`."""
+    """Have the package read config.json as it is, if `plain`; as its model's own, if a pruner
+    has given it another name."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
+
     load = base.__dict__["load_hparams"]
+    config = dict(source.config)
+    original = source.architecture.removesuffix(FOREIGN_SUFFIX)
+    if original != source.architecture and original in NAMES:
+        config |= {"model_type": original, "architectures": [NAMES[original]]}
+        plain = True
     if plain:
-        base.load_hparams = staticmethod(lambda *_, **__: json.loads(json.dumps(source.config)))
+        base.load_hparams = staticmethod(lambda *_, **__: json.loads(json.dumps(config)))
     try:
         yield
     finally:

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 
 PRUNED_METHOD = "mone-edge"  # quantization_config.quant_method of a pruned checkpoint
+FOREIGN_SUFFIX = "_compressed"  # of the model_type that other pruners give their checkpoints
+FOREIGN_NOVICES = {"version": 1, "replacement_type": "constant"}
 FINGERPRINT_BYTES = 64  # of each tensor: enough to tell two trainings of one shape apart
 # The name of a tensor of one expert: everything before its number, the number, the rest.
 EXPERT_KEY = re.compile(r"(?P<prefix>.*\bexperts\.(?:[a-z_]\w*\.)*)(?P<id>\d+)\.(?P<part>.+)")
@@ -225,8 +227,23 @@ class Checkpoint(Source):
 
     @property
     def novice_ids(self) -> Mapping[str, Any]:
-        """Pruned experts by layer, as other MoNE pruners write them too."""
-        found = self.text_config.get("approximate_experts")
+        """Pruned experts by layer, as other MoNE pruners write them too.
+
+        mode-pd and llm-compressor name them in `approximate_experts`, vLLM's loader in `mone`.
+
+        Raises:
+            MoneEdgeError: they are replaced in a way that is not known.
+        """
+        described = self.text_config.get("mone")
+        if isinstance(described, dict):
+            kind = {key: described.get(key) for key in FOREIGN_NOVICES}
+            if kind != FOREIGN_NOVICES:
+                raise MoneEdgeError(
+                    f"{self.path / 'config.json'}: mone is {kind}; only {FOREIGN_NOVICES} is known"
+                )
+            found = described.get("experts_by_layer")
+        else:
+            found = self.text_config.get("approximate_experts")
         if isinstance(found, list):
             return {str(layer): ids for layer, ids in enumerate(found)}
         return found if isinstance(found, dict) else {}

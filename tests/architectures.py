@@ -83,7 +83,6 @@ class Tiny:
     transpose: str = ""  # weights that the hub has the other way round
     tokens: tuple[str, ...] = ()  # that llama.cpp's conversion looks for by name
     tokenizer: str = "byte-level"  # or "llama", "sentencepiece": what the conversion reads
-    note: str = ""  # for the table
     own_tokenizer: bool = False  # whether the conversion runs Python code of the checkpoint for it
 
 
@@ -473,6 +472,31 @@ ARCHITECTURES: dict[str, Tiny] = {
             "partial_rotary_factors": [0.5, 1.0, 0.5],
         },
     ),
+}
+
+
+UNEXPLAINED = (
+    "the whole GGUF differs from torch already; whether the tiny config, the conversion or the "
+    "graph is the cause was not found"
+)
+NOTES: dict[str, str] = {  # for the table
+    "deepseek_v32": "the conversion insists on a class of tokenizer; this one is read as GPT-2's",
+    "deepseek_v4": "llama.cpp's conversion takes the published MXFP4 experts only, not the plain "
+    "ones that transformers saves",
+    "dots3_note": UNEXPLAINED,
+    "gemma4": "scales of experts are part of the gate weight in torch, of the output in llama.cpp; "
+    "novices in a GGUF carry them",
+    "hunyuan_v1_moe": "the published tokenizer is Python code of the checkpoint; this one is read "
+    "as GPT-2's",
+    "hy_v4": UNEXPLAINED,
+    "laguna": "transformers scales after the experts, llama.cpp in the gate weights: sums of gate "
+    "weights differ by that factor, novices and rankings do not",
+    "mimo_v2_flash": UNEXPLAINED,
+    "minimax_m3_vl": UNEXPLAINED,
+    "nemotron_h": "torch clamps time steps at `time_step_min`, llama.cpp does not; here it is 1e-9",
+    "phimoe": "transformers routes by its sparse mixer, llama.cpp by softmax: the whole GGUF "
+    "differs already",
+    "qwen4_exp": UNEXPLAINED,
 }
 
 

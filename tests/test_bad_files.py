@@ -220,7 +220,7 @@ def test_tokenizers(
         ({"kept": {"0": [0, 99], "1": [0]}}, "keeps 2 experts of 8"),
         ({"kept": {"0": [-1, 1], "1": [0]}}, "not a whole number"),
         ({"kept": {"0": [0.5], "1": [0]}}, "not a whole number"),
-        ({"kept": {"0": [], "1": [0]}}, "keeps 0 experts of 8"),
+        ({"kept": {"0": [], "1": [0]}, "replacement": "drop"}, "keeps 0 experts of 8"),
         ({"kept": {}, "num_experts": {}}, "or none"),
         ({"kept": [1]}, "is not a readable plan"),
         ({"num_experts": {"0": 10**9, "1": 10**9}}, "the plan is for 1000000000 experts"),

@@ -258,3 +258,54 @@ def test_command(calibrated: Make, tmp_path: Path, capsys: pytest.CaptureFixture
 def test_a_wrong_size_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(MoneEdgeError, match="w has 3 bytes, not 4"):
         write_shards(tmp_path, [Entry("w", "U8", (4,), 4, lambda: iter([b"abc"]))])
+
+
+FOREIGN: dict[str, dict[str, Any]] = {
+    "mode-pd": {"model_type": "olmoe_compressed", "architectures": ["OlmoneForCausalLM"]},
+    "llm-compressor": {},
+    "vLLM": {"approximate_experts": None},
+}
+
+
+def foreign(folder: Path, pruner: str) -> Source:
+    """A checkpoint of ours as another pruner would have written it."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    del config["quantization_config"]
+    ids = config["approximate_experts"]
+    if pruner == "mode-pd":
+        config["approximate_experts"] = [ids[layer] for layer in sorted(ids)]
+    if pruner == "vLLM":
+        described = {"version": 1, "replacement_type": "constant", "experts_by_layer": ids}
+        config["mone"] = described
+    file.write_text(json.dumps(config | FOREIGN[pruner]))
+    return resolve(str(folder))
+
+
+@pytest.mark.usefixtures("built_runtime")
+@pytest.mark.parametrize("pruner", FOREIGN)
+def test_checkpoints_of_other_pruners_convert(
+    calibrated: Make, pruner: str, tmp_path: Path
+) -> None:
+    source, plan = pruned(calibrated("olmoe"), tmp_path / "p")
+    command = ["convert", "--outtype", "F32", "--tokenizer-pre", "gpt-2"]
+    assert cli.run([*command, str(source.path), "-o", str(tmp_path / "ours.gguf")]) == 0
+    theirs = foreign(tmp_path / "p", pruner)
+    assert pruned_checkpoint.read_plan(theirs).kept == plan.kept
+    assert cli.run([*command, str(theirs.path), "-o", str(tmp_path / "theirs.gguf")]) == 0
+    assert _tensors(tmp_path / "theirs.gguf") == _tensors(tmp_path / "ours.gguf")
+    with pytest.raises(MoneEdgeError, match="pruned by another tool"):
+        load_model(theirs.path, device="cpu")
+
+
+def test_unknown_replacements_of_other_pruners_are_refused(
+    calibrated: Make, tmp_path: Path
+) -> None:
+    source, _ = pruned(calibrated("olmoe"), tmp_path / "p")
+    file = source.path / "config.json"
+    config = json.loads(file.read_text())
+    del config["quantization_config"]
+    config["mone"] = {"version": 2, "replacement_type": "linear", "experts_by_layer": {}}
+    file.write_text(json.dumps(config))
+    with pytest.raises(MoneEdgeError, match="mone is .*'version': 2.*only .* is known"):
+        assert resolve(str(source.path)).is_pruned

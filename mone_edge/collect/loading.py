@@ -6,7 +6,7 @@ of modules in memory to the names of weights in the checkpoint.
 
 import importlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,11 @@ def load_model(
 
     if read_config(model_dir).get("quantization_config", {}).get("quant_method") == PRUNED_METHOD:
         importlib.import_module("mone_edge.pruned_model")  # registers its loader
+    elif config_names_novices(config := read_config(model_dir)):
+        raise MoneEdgeError(
+            f"{model_dir} was pruned by another tool, whose model ({config.get('model_type')}) "
+            "cannot be run here; convert it to a GGUF"
+        )
     place = choose_device(device)
     precision = torch_dtype(dtype) if dtype != "auto" else choose_dtype(model_dir, place)
     try:
@@ -64,6 +69,13 @@ def load_model(
             f"(first: {missing[0]}); the checkpoint is incomplete"
         )
     return model.eval().to(place)
+
+
+def config_names_novices(config: Mapping[str, Any]) -> bool:
+    """Whether a config says that experts are missing, in the form of any pruner."""
+    nested = config.get("text_config")
+    places = (config, nested if isinstance(nested, dict) else {})
+    return any(place.get(key) for place in places for key in ("approximate_experts", "mone"))
 
 
 def auto_model(config: Any) -> Any:
