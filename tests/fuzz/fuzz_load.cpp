@@ -8,6 +8,7 @@
 
 #include "llama.h"
 
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -51,16 +52,24 @@ static int64_t interesting() {
 
 static void mutate(const seed_file & seed, std::vector<char> & bytes) {
     bytes = seed.bytes;
-    for (size_t n = 1 + below(3); n > 0; n--) {
+    for (size_t n = below(2) ? 1 : 1 + below(3); n > 0; n--) {
         const auto [begin, end] = seed.ranges[below(seed.ranges.size())];
         const size_t at = begin + below(end - begin);
-        switch (below(5)) {
+        switch (below(6)) {
+            case 5: { // numbers trade places: orders of experts, kept counts, dimensions
+                const size_t width = below(2) ? 4 : 8;
+                const size_t words = (end - begin)/width;
+                char * a = bytes.data() + end - width*(1 + below(words));
+                char * b = bytes.data() + end - width*(1 + below(words));
+                std::swap_ranges(a, words ? a + width : a, b);
+                break;
+            }
             case 0: bytes[at] ^= char(1 << below(8)); break;
             case 1: bytes[at]  = char(rng());         break;
             case 2: bytes[at] += char(below(2) ? 1 : -1); break;
             default: {
                 const int64_t value = interesting();
-                const size_t  width = std::min<size_t>(below(2) ? 4 : 8, end - at);
+                const size_t width = std::min<size_t>(below(2) ? 4 : 8, end - at);
                 memcpy(bytes.data() + at, &value, width);
             }
         }
