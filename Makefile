@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PYTHON ?= python3
 
-.PHONY: demo test check runtime check-aarch64 clean
+.PHONY: demo test check runtime check-aarch64 check-vulkan clean
 
 demo: runtime            ## measure, prune, convert, run and judge the bundled demo model
 	$(BIN)/python -m mone_edge.demo.tour
@@ -24,6 +24,10 @@ check-aarch64: runtime   ## cross-compile for aarch64, and its tests under qemu
 	$(BIN)/mone-edge runtime build --target aarch64-linux
 	$(BIN)/mone-edge runtime build --target aarch64-linux-i8mm
 	$(BIN)/python -m pytest -rs -s tests/runtime/test_aarch64.py
+
+check-vulkan: runtime    ## the Vulkan build, and its tests on the first device (lavapipe will do)
+	$(BIN)/mone-edge runtime build --backend vulkan
+	$(BIN)/python -m pytest -rs -s tests/runtime/test_vulkan.py
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -38,6 +38,7 @@ def examine() -> list[Finding]:
         _runtime(),
         _disk(),
         _memory(),
+        _extra("vulkan backend", Variant(backend="vulkan")),
         _extra("aarch64-linux target", Variant("aarch64-linux")),
         _qemu(),
     ]

@@ -29,7 +29,7 @@ def command() -> None:
 
 
 @command.command("build")
-@click.option("--backend", default="cpu", show_default=True)
+@click.option("--backend", default="cpu", show_default=True, help="cpu or vulkan.")
 @target_option
 @click.option(
     "--ndk", type=click.Path(path_type=Path), help="Android's NDK [default: $ANDROID_NDK]"
@@ -56,6 +56,7 @@ def build(
 
     \b
     mone-edge runtime build
+    mone-edge runtime build --backend vulkan
     mone-edge runtime build --target aarch64-linux
     mone-edge runtime build --target android-arm64 --ndk ~/android-ndk-r27c
     """
@@ -74,7 +75,7 @@ def build(
 
 
 @command.command("info")
-@click.option("--backend", help="Default: the one in use.")
+@click.option("--backend", help="cpu or vulkan [default: the one in use]")
 @target_option
 @common_options
 def info(console: Console, backend: str | None, target: str) -> None:

@@ -77,7 +77,15 @@ TARGETS = {
     "android-arm64-i8mm": _android(ARM_I8MM),
 }
 
-BACKENDS = {"cpu": Part()}
+BACKENDS = {
+    "cpu": Part(),
+    "vulkan": Part(
+        {"GGML_VULKAN": "ON"},
+        {"glslc": "glslc"},
+        {"vulkan/vulkan.hpp": "libvulkan-dev", "spirv/unified1/spirv.hpp": "spirv-headers"},
+        "ggml-vulkan",
+    ),
+}
 
 
 @dataclass(frozen=True)

@@ -61,3 +61,8 @@ def compile_program(folder: Path, build: runtime.RuntimeInfo, compiler: str = "c
 def relative_error(values: tiny.Array, reference: tiny.Array) -> float:
     """Largest difference, in units of the reference's range."""
     return float(np.abs(values - reference).max() / np.ptp(reference))
+
+
+def typical_error(values: tiny.Array, reference: tiny.Array) -> float:
+    """Median difference, in units of the reference's range."""
+    return float(np.median(np.abs(values - reference)) / np.ptp(reference))

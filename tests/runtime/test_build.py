@@ -72,6 +72,7 @@ def test_nothing_built(cache: Path) -> None:
     [
         {"backend": "abacus"},
         {"target": "abacus"},
+        {"target": "aarch64-linux", "backend": "vulkan"},
         {"jobs": 0},
     ],
     ids=str,
@@ -201,6 +202,12 @@ def test_missing_cross_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         toolchain.find_toolchain(targets.Variant("aarch64-linux"))
 
 
+def test_missing_headers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toolchain, "has_header", lambda name: False)
+    with pytest.raises(MoneEdgeError, match="libvulkan-dev spirv-headers"):
+        toolchain.find_toolchain(targets.Variant(backend="vulkan"))
+
+
 def test_header_lookup() -> None:
     assert toolchain.has_header("cstddef")
     assert not toolchain.has_header("no/such/header.hpp")
@@ -213,6 +220,14 @@ def test_variants_have_builds_of_their_own() -> None:
     assert len({place.build_key for place in layouts.values()}) == len(layouts)
     cross = layouts[targets.Variant("aarch64-linux")]
     assert cross.library("llama").name == "libllama.so"
+
+
+def test_the_installed_backend_is_the_one_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    vulkan = layout.layout_of(targets.Variant(backend="vulkan"))
+    for key, backend in ((vulkan.build_key, "vulkan"), ("another", "cpu"), (None, "cpu")):
+        monkeypatch.setattr(runtime, "installed_key", lambda key=key: key)
+        assert runtime.info().backend == backend
+    assert runtime.info(backend="cpu").backend == "cpu"
 
 
 def test_cross_build_leaves_what_is_to_be_copied(tmp_path: Path) -> None:
