@@ -1,10 +1,12 @@
-"""A handful of the matrix of architectures, all stages: `python -m benchmarks.architectures`."""
+"""A handful of the matrix of architectures, all stages, and that its table is of all of them."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from benchmarks import architectures as benchmark
+from tests import architectures
 
 REPRESENTATIVE = {
     "gpt_oss": "fused, transposed, with biases",
@@ -23,3 +25,11 @@ def test_every_stage_works(name: str, tmp_path: Path) -> None:
     assert "deviation" in cells.pop("plan")
     bad = {stage: cell for stage, cell in cells.items() if not benchmark.works(cell)}
     assert not bad
+
+
+def test_the_committed_table_is_of_all_architectures() -> None:
+    results = json.loads((benchmark.DOCS / "architectures.json").read_text(encoding="utf-8"))
+    assert results.keys() == architectures.ARCHITECTURES.keys()
+    text = (benchmark.DOCS / "architectures.md").read_text(encoding="utf-8")
+    assert text == benchmark.table(results)
+    assert sum(map(benchmark.all_through, results.values())) >= 25
