@@ -1,4 +1,4 @@
-"""Constants against low-rank novices: the tables of docs/quality.md, "Replacements".
+"""Constants against low-rank novices, on whole models and at equal bytes.
 
     python -m benchmarks.replacements MODEL RESULTS.json --work DIR [--ratio 0.5 --method mone ...]
 
