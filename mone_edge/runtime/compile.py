@@ -18,6 +18,8 @@ from mone_edge.runtime.toolchain import Toolchain, require_space
 Progress = Callable[[str], None]
 
 LOG_LINES_SHOWN = 12
+# Where there is a ccache: what another build compiled counts, though its folder has another name.
+CCACHE = {"CCACHE_BASEDIR": os.sep, "CCACHE_NOHASHDIR": "1"}
 STEP = re.compile(r"^\[\s*(\d+%|\d+/\d+)\]")
 
 
@@ -71,7 +73,7 @@ def run_step(
     last_lines: list[str] = []
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, errors="replace", cwd=layout.root,
+        text=True, errors="replace", cwd=layout.root, env={**CCACHE, **os.environ},
     ) as process:  # fmt: skip
         assert process.stdout is not None
         for line in process.stdout:
