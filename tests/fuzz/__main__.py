@@ -48,7 +48,9 @@ ENVIRONMENT = {
 def build(source: Path, folder: Path, sanitizer: str, jobs: int) -> Path:
     """Compile library and fuzzer; what is up to date is not compiled again."""
     kinds = SANITIZERS[sanitizer]
-    options = OPTIONS | {f"LLAMA_SANITIZE_{kind.upper()}": "ON" for kind in kinds}
+    # llama.cpp's own switch leaves ggml out
+    parts = [f"{part}_SANITIZE_{kind.upper()}" for part in ("LLAMA", "GGML") for kind in kinds]
+    options = OPTIONS | dict.fromkeys(parts, "ON")
     flags = [f"-D{name}={value}" for name, value in options.items()]
     run(["cmake", "-S", source, "-B", folder, *flags])
     run(["cmake", "--build", folder, "--target", "llama", "--parallel", jobs])
