@@ -6,9 +6,9 @@
 
 `convert` runs llama.cpp's `convert_hf_to_gguf.py` + `llama-quantize` and `mone-edge convert` in
 alternation, to Q4_K_M, at 0 %, 25 % and 50 % pruned, and prints one JSON line a run: wall and CPU
-seconds, peak resident memory, bytes read and written, and the disk that was taken for intermediate
-files; then a Markdown table of medians. Peak resident memory counts the page cache of mapped files,
-so the anonymous part is given too. Not a test: tens of minutes and 35 GB of disk.
+seconds, peak resident memory, bytes read from disk and written, and the disk that was taken for
+intermediate files; then a Markdown table of medians. Peak resident memory counts the page cache of
+mapped files, so the anonymous part is given too. Not a test: tens of minutes and 35 GB of disk.
 """
 
 import json
@@ -40,7 +40,7 @@ class Run:
     cpu_seconds: float
     peak_rss_bytes: int
     peak_anonymous_bytes: int
-    read_bytes: int  # from files, the page cache included
+    read_bytes: int  # from the disk, not from the page cache
     written_bytes: int
     temporary_bytes: int  # of files that are not the result
     outfile_bytes: int
@@ -181,7 +181,7 @@ def _measured(name: str, command: list[str], outfile: Path | None = None) -> Run
     """Run a command to its end, watching its memory and its traffic."""
     started = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    seen = {"anonymous": 0, "rchar": 0, "wchar": 0}
+    seen = {"anonymous": 0, "read_bytes": 0, "wchar": 0}
     errors: list[bytes] = []
     reader = threading.Thread(target=lambda: errors.append(process.stderr.read()))
     reader.start()
@@ -201,7 +201,7 @@ def _measured(name: str, command: list[str], outfile: Path | None = None) -> Run
         round(usage.ru_utime + usage.ru_stime, 2),
         1024 * usage.ru_maxrss,
         seen["anonymous"],
-        seen["rchar"],
+        seen["read_bytes"],
         seen["wchar"],
         0,
         outfile.stat().st_size if outfile else 0,
@@ -216,8 +216,8 @@ def _look(pid: int, seen: dict[str, int]) -> None:
         return
     if found := re.search(r"RssAnon:\s+(\d+) kB", status):
         seen["anonymous"] = max(seen["anonymous"], 1024 * int(found[1]))
-    for key in ("rchar", "wchar"):
-        if found := re.search(rf"{key}: (\d+)", traffic):
+    for key in ("read_bytes", "wchar"):
+        if found := re.search(rf"^{key}: (\d+)", traffic, re.MULTILINE):
             seen[key] = int(found[1])
 
 

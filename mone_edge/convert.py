@@ -215,7 +215,7 @@ def working_bytes(jobs: Sequence[Job]) -> int:
     return max(
         quantize.tensor_bytes(t, t.dtype) // len(t.chunks)
         if job.outtype == KEEP
-        else (8 + 4 * min(quantize.READ_AHEAD, len(t.chunks) - 1)) * t.elements // len(t.chunks)
+        else (8 + 4 * min(quantize.AHEAD, len(t.chunks) - 1)) * t.elements // len(t.chunks)
         for job in jobs
         for t in job.model.tensors.values()
     )

@@ -11,9 +11,10 @@ import os
 import re
 import struct
 import subprocess
+import sys
 import tempfile
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -41,7 +42,9 @@ NOVICE_MATRIX = re.compile(r"blk\.\d+\.ffn_novice_(down|up)\.weight")
 NOVICE_BLOCK = 32  # of Q8_0
 F16_MAX = 65504.0
 ROW_BYTES = 1 << 20  # of float input that a thread quantises at a time
-READ_AHEAD = 2  # chunks
+READ_AHEAD = 2  # chunks that are read before they are worked on
+IN_WORK = 2  # chunks that are worked on while one is written
+AHEAD = READ_AHEAD + IN_WORK
 
 
 def file_types() -> list[str]:
@@ -246,10 +249,18 @@ def quantize_rows(
     Returns:
         The bytes, the same as llama-quantize's for any number of threads.
     """
+    return _begin(values, dtype, importance, threads)()
+
+
+def _begin(
+    values: Array, dtype: str, importance: Array | None, threads: int
+) -> Callable[[], NDArray[np.uint8]]:
+    """Start `quantize_rows`; what is returned waits for its end."""
     gguf, _ = packages()
     kind = gguf.GGMLQuantizationType[dtype]
     if dtype in UNQUANTISED:
-        return np.ascontiguousarray(gguf.quants.quantize(values, kind)).reshape(-1).view(np.uint8)
+        plain = np.ascontiguousarray(gguf.quants.quantize(values, kind))
+        return lambda: plain.reshape(-1).view(np.uint8)
     rows, columns = values.shape
     size = row_bytes(dtype, columns)
     out = np.empty(rows * size, dtype=np.uint8)
@@ -262,8 +273,14 @@ def quantize_rows(
         source, target = values.ctypes.data + 4 * first * columns, out.ctypes.data + first * size
         _ggml().ggml_quantize_chunk(int(kind), source, target, 0, count, columns, pointer)
 
-    list(_pool(threads).map(quantize, range(0, rows, step)))
-    return out
+    work = [_pool(threads).submit(quantize, first) for first in range(0, rows, step)]
+
+    def finish() -> NDArray[np.uint8]:
+        for part in work:
+            part.result()
+        return out
+
+    return finish
 
 
 def to_float(values: NDArray[Any], dtype: str, columns: int, threads: int) -> Array:
@@ -304,7 +321,7 @@ def to_float(values: NDArray[Any], dtype: str, columns: int, threads: int) -> Ar
 def read_ahead(loads: Iterable[Chunk]) -> Generator[Array, None, None]:
     """Values in order, each read by another thread while those before it are worked on."""
     pending = iter(loads)
-    with ThreadPoolExecutor(1, thread_name_prefix="read") as reader:
+    with ThreadPoolExecutor(1, "read", initializer=_leave_the_cores) as reader:
         waiting = deque(reader.submit(load) for load in islice(pending, READ_AHEAD))
         try:
             while waiting:
@@ -313,6 +330,12 @@ def read_ahead(loads: Iterable[Chunk]) -> Generator[Array, None, None]:
                 yield values
         finally:
             reader.shutdown(cancel_futures=True)
+
+
+def _leave_the_cores() -> None:
+    """Keep torch's own threads from spinning on the cores that quantise."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
 
 
 def quantized_chunks(
@@ -325,7 +348,8 @@ def quantized_chunks(
 ) -> Iterator[NDArray[np.uint8]]:
     """A tensor's bytes in a ggml type, a bounded piece at a time (one expert of a stack).
 
-    A tensor that has the type already passes through, bit for bit.
+    The next pieces are worked on while the caller writes one. A tensor that has the type already
+    passes through, bit for bit.
 
     Args:
         chunks: the values of the tensor's chunks.
@@ -334,6 +358,7 @@ def quantized_chunks(
         MoneEdgeError: a value is infinite or not a number.
     """
     importance = (imatrix or {}).get(name)
+    begun: deque[Callable[[], NDArray[np.uint8]]] = deque()
     for index, values in enumerate(chunks):
         if tensor.dtype == "F32":
             _require_sane(name, values, dtype)
@@ -344,7 +369,10 @@ def quantized_chunks(
         if tensor.dtype != "F32":
             floats = to_float(values, tensor.dtype, tensor.shape[-1], threads)
         for piece, row in _matrices(floats, index, importance, len(tensor.chunks) > 1):
-            yield quantize_rows(piece.astype(np.float32, copy=False), dtype, row, threads)
+            begun.append(_begin(piece.astype(np.float32, copy=False), dtype, row, threads))
+            if len(begun) > IN_WORK:
+                yield begun.popleft()()
+    yield from (finish() for finish in begun)
 
 
 def _require_sane(name: str, values: Array, dtype: str) -> None:
