@@ -3,6 +3,7 @@
     python -m benchmarks.large_model make FOLDER          a random checkpoint in bfloat16 shards
     python -m benchmarks.large_model stats FOLDER         its statistics, layer by layer
     python -m benchmarks.large_model convert FOLDER [ROUNDS]
+    python -m benchmarks.large_model compare FOLDER       the unpruned files, tensor by tensor
 
 `convert` runs llama.cpp's `convert_hf_to_gguf.py` + `llama-quantize` and `mone-edge convert` in
 alternation, to Q4_K_M, at 0 %, 25 % and 50 % pruned, and prints one JSON line a run: wall and CPU
@@ -140,6 +141,20 @@ def convert(folder: Path, rounds: int) -> None:
     _table(runs)
 
 
+def compare(folder: Path) -> None:
+    """Whether both roads made the same tensors of the unpruned model."""
+    from gguf import GGUFReader
+
+    theirs, ours = (
+        {t.name: (t.tensor_type, tuple(t.shape), t.data) for t in GGUFReader(folder / name).tensors}
+        for name in ("theirs.gguf", f"ours-{RATIOS[0]}.gguf")
+    )
+    same = theirs.keys() == ours.keys() and all(
+        theirs[n][:2] == ours[n][:2] and (theirs[n][2] == ours[n][2]).all() for n in theirs
+    )
+    print(f"{len(theirs)} tensors: {'the same, byte for byte' if same else 'DIFFERENT'}")
+
+
 def _theirs(model: Path, folder: Path) -> Run:
     floats, out = folder / "theirs-bf16.gguf", folder / "theirs.gguf"
     script = runtime.source_tree() / "convert_hf_to_gguf.py"
@@ -254,6 +269,8 @@ def main(action: str, folder: str, rounds: str = "3") -> None:
         stats(place)
     elif action == "convert":
         convert(place, int(rounds))
+    elif action == "compare":
+        compare(place)
     else:
         sys.exit(__doc__)
 
