@@ -8,6 +8,7 @@ import functools
 import importlib
 import inspect
 import json
+import mmap
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ FUSED_KEY = re.compile(r"\.(?:experts|moe)\.")  # of all experts of a layer, unl
 BLOCK_VALUES = 1 << 24  # of a matrix, that are floats at a time: 64 MiB
 # Of a layer that predicts further tokens: by its name, or by its number.
 MTP_KEY = re.compile(r"(?:^|\.)(?:mtp|mtp_layers)\.|(?:^|\.)layers\.(\d+)\.")
+ADVICE_BYTES = 1 << 21  # more at once than the kernel reads ahead by itself is cut off
 UNQUANTISED = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16"}
 
 
@@ -42,9 +44,29 @@ def packages() -> tuple[ModuleType, ModuleType]:
         del sys.modules[name]
     sys.path[:0] = [str(tree / "gguf-py"), str(tree)]
     try:
-        return importlib.import_module("gguf"), importlib.import_module("conversion")
+        gguf, conversion = (importlib.import_module(name) for name in ("gguf", "conversion"))
     finally:
         del sys.path[:2]
+    _read_whole_tensors(gguf.utility.LocalTensor)
+    return gguf, conversion
+
+
+def _read_whole_tensors(local_tensor: Any) -> None:
+    """Ask the kernel for exactly the bytes of a tensor when it is mapped.
+
+    Left to page faults, it reads ahead beyond the end (8 MB, on some machines), into experts that
+    are pruned, and waits for the disk in small pieces.
+    """
+    map_bytes = local_tensor.mmap_bytes
+
+    def mmap_bytes(self: Any) -> Any:
+        data = map_bytes(self)
+        if hasattr(data.base, "madvise"):
+            for start in range(0, len(data.base), ADVICE_BYTES):
+                data.base.madvise(mmap.MADV_WILLNEED, start, ADVICE_BYTES)
+        return data
+
+    local_tensor.mmap_bytes = mmap_bytes
 
 
 def open_checkpoint(

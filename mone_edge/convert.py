@@ -75,6 +75,7 @@ def prepare(
     recipe: Recipe,
     outfiles: dict[str, Path],
     *,
+    whole: ModelFile | None = None,
     plan: PrunePlan | None = None,
     stats: ExpertStats | None = None,
     fitted: LowRankNovices | None = None,
@@ -83,6 +84,7 @@ def prepare(
 
     Args:
         outfiles: file type (canonical name) -> path.
+        whole: the source, where it has been opened already (a tokenizer takes seconds).
         plan: None leaves every expert.
         stats: for novices and, with `--imatrix auto`, the importance matrix.
         fitted: the novices of a plan with replacement "rank".
@@ -99,7 +101,7 @@ def prepare(
                 f"not of {source.name} ({source.base_fingerprint[:12]})"
             )
     _require_other_files(source, outfiles)
-    whole = source.open(tokenizer_pre=recipe.tokenizer_pre)
+    whole = whole or source.open(tokenizer_pre=recipe.tokenizer_pre)
     imatrix = _imatrix(whole, recipe, stats)
     model = prune.apply_plan(whole, plan, stats, fitted) if plan else whole
     if plan and imatrix:

@@ -204,14 +204,20 @@ def novices_of_plan(plan: PrunePlan, given: Path | None) -> LowRankNovices | Non
 
 
 def rehearse(
-    source: Source, recipe: Recipe, outfiles: dict[str, Path], plan: PrunePlan | None = None
+    source: Source,
+    model: ModelFile,
+    recipe: Recipe,
+    outfiles: dict[str, Path],
+    plan: PrunePlan | None = None,
 ) -> list[convert.Job]:
     """All that `convert` does before it reads weights, on statistics of the right shape.
 
     Sizes are those of the real run (with `--scope model` and no plan yet, of the same number of
     experts), and what cannot work is refused here, before minutes of calibration.
+
+    Args:
+        model: the source, opened.
     """
-    model = source.open(tokenizer_pre=recipe.tokenizer_pre)
     stats = _shape_of_stats(source, model)
     if plan is None and recipe.prune_ratio:
         plan = make_plan(
@@ -224,8 +230,9 @@ def rehearse(
             protect_super=recipe.protect_super,
         )
     fitted = _shape_of_novices(plan, stats, model) if plan and low_rank(plan.replacement) else None
+    measured = stats if plan else None
     jobs = convert.prepare(
-        source, recipe, outfiles, plan=plan, stats=stats if plan else None, fitted=fitted
+        source, recipe, outfiles, whole=model, plan=plan, stats=measured, fitted=fitted
     )
     quantize.require_loadable(jobs[0].model, source.name)
     return jobs

@@ -108,7 +108,8 @@ def command(
     ]
     inputs += _recipe_to_keep(recipe, chosen)
     _require_places(outfiles.values(), inputs, recipe, force=force, split=split_max_bytes > 0)
-    rehearsal = pipeline.rehearse(source, chosen, outfiles, plan)
+    whole = source.open(tokenizer_pre=chosen.tokenizer_pre)
+    rehearsal = pipeline.rehearse(source, whole, chosen, outfiles, plan)
     convert.require_space(rehearsal)
     if dry_run:
         _tell_estimate(console, rehearsal)
@@ -116,7 +117,9 @@ def command(
     how = Means(device, threads, offline)
     measured, decided = decide(console, source, chosen, plan, stats, how)
     fitted = fitted_novices(console, source, chosen, decided, novices, how)
-    jobs = convert.prepare(source, chosen, outfiles, plan=decided, stats=measured, fitted=fitted)
+    jobs = convert.prepare(
+        source, chosen, outfiles, whole=whole, plan=decided, stats=measured, fitted=fitted
+    )
     with console.progress("writing", "B") as progress:
         made = convert.write(
             jobs, chosen, split_max_bytes=split_max_bytes, threads=threads, progress=progress
