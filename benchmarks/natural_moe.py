@@ -2,9 +2,11 @@
 
     python -m benchmarks.natural_moe FOLDER --data a.txt --data b.txt ... --minutes 130
 
-`olmoe` of 6 layers, 32 experts of 128 neurons, top-4, width 256 (23 million parameters, 6 of them
-active), fp32, on the CPU, from random weights and on the given UTF-8 text. Started again with
-the same FOLDER it goes on from its last checkpoint until the minutes are used up. FOLDER then holds
+6 layers, 32 experts of 128 neurons, top-4, width 256 (23 million parameters, 6 of them active),
+fp32, on the CPU, from random weights and on the given UTF-8 text. `--architecture olmoe` takes the
+gate weights from a softmax over all experts, `qwen3_moe` makes those of the chosen ones add up to 1
+and shares keys and values between heads. Started again with the same FOLDER it goes on from its
+last checkpoint until the minutes are used up. FOLDER then holds
 
     model/             the checkpoint (convert it with `--tokenizer-pre gpt-2`)
     initial/           the same before training: `router-norm` compares the two
@@ -85,31 +87,43 @@ def make_tokenizer(texts: list[str]) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END, bos_token=END)
 
 
-def make_model(seed: int) -> Any:
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "olmoe": {"intermediate_size": 128, "num_key_value_heads": 4, "norm_topk_prob": False},
+    "qwen3_moe": {
+        "intermediate_size": 512,  # of dense layers, of which there are none
+        "moe_intermediate_size": 128,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "norm_topk_prob": True,
+    },
+}
+
+
+def make_model(architecture: str, seed: int) -> Any:
     import torch
-    from transformers import OlmoeConfig, OlmoeForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    config = OlmoeConfig(
+    config = AutoConfig.for_model(
+        architecture,
         vocab_size=VOCAB,
         hidden_size=256,
-        intermediate_size=128,
         num_hidden_layers=6,
         num_attention_heads=4,
-        num_key_value_heads=4,
         num_experts=32,
         num_experts_per_tok=4,
-        norm_topk_prob=False,
         max_position_embeddings=2048,
         tie_word_embeddings=False,
         bos_token_id=0,
         eos_token_id=0,
         pad_token_id=None,
+        **ARCHITECTURES[architecture],
     )
-    model = OlmoeForCausalLM(config)
-    with torch.no_grad():
-        for layer in model.model.layers:  # top-4 of 32 near-equal weights add up to 1/8 at first
-            layer.mlp.experts.down_proj.mul_(4)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if not config.norm_topk_prob:
+        with torch.no_grad():  # top-4 of 32 near-equal weights add up to 1/8 at first
+            for layer in model.model.layers:
+                layer.mlp.experts.down_proj.mul_(4)
     model.set_experts_implementation("grouped_mm")
     return model
 
@@ -147,10 +161,10 @@ class Run:
     seconds: float = 0.0
 
     @classmethod
-    def resume(cls, folder: Path, minutes: float, seed: int) -> "Run":
+    def resume(cls, folder: Path, architecture: str, minutes: float, seed: int) -> "Run":
         import torch
 
-        model = make_model(seed)
+        model = make_model(architecture, seed)
         decayed = [p for p in model.parameters() if p.ndim > 1]
         others = [p for p in model.parameters() if p.ndim == 1]
         groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
@@ -282,6 +296,7 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--data", type=Path, action="append", required=True, help="UTF-8 text")
+    parser.add_argument("--architecture", choices=ARCHITECTURES, default="olmoe")
     parser.add_argument("--minutes", type=float, default=120, help="of training, over all starts")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--seed", type=int, default=0)
@@ -292,7 +307,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     if not (arguments.folder / "heldout.npy").exists():
         prepare(arguments.folder, arguments.data, arguments.seed)
-    train(Run.resume(arguments.folder, arguments.minutes, arguments.seed))
+    train(Run.resume(arguments.folder, arguments.architecture, arguments.minutes, arguments.seed))
 
 
 if __name__ == "__main__":
