@@ -1,8 +1,8 @@
 """How much of the ideal saving skipped slots give: `python -m benchmarks.skip_efficiency FOLDER`.
 
 The ideal at hit ratio h is the time of the unpruned file that routes to (1 - h) x top-k experts: it
-does everything but the skipped slots. It is interpolated between the file at its top-k and the same
-with half of that. Pruned and whole models stay loaded and are timed in turn; medians of the paired
+does everything but the skipped slots. It is interpolated between that file at its top-k and at half
+of it. Pruned and whole models stay loaded and are timed in turn; medians of the paired
 repetitions. `--unpatched LIB` times the whole file on another build of llama.cpp as well. Out:
 results.json and results.md in FOLDER. Not a test: hours at full size, gigabytes a file, and the
 numbers are the machine's; leave it alone on an idle one.
@@ -54,12 +54,12 @@ class Row:
 class Model:
     """A worker process with a model in it."""
 
-    def __init__(self, path: Path, threads: int, library: Path | None = None) -> None:
+    def __init__(self, path: Path, threads: int, top_k: int, library: Path | None = None) -> None:
         environment = dict(os.environ)
         if library:
             environment["LLAMA_CPP_LIB_PATH"] = str(library)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.skip_worker", str(path), str(threads)],
+            [sys.executable, "-m", "benchmarks.skip_worker", str(path), str(threads), str(top_k)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
         )  # fmt: skip
 
@@ -87,24 +87,25 @@ def times(models: list[Model], mode: str, repetitions: int) -> list[list[float]]
 def measure(folder: Path, shape: Shape, outtype: str, arguments: argparse.Namespace) -> list[Row]:
     """All pruned variants of one type against the whole file."""
 
-    def file(name: str, kept: int, share: float, top_k: int, rank: int = 0) -> Path:
+    def file(name: str, kept: int, share: float, rank: int = 0) -> Path:
         path = folder / f"{outtype}-{name}.gguf"
         if not path.exists():
-            sizes = {"kept": kept, "top_k": top_k, "rank": rank}
-            skip_model.write(path, shape, outtype, share=share, **sizes)
+            skip_model.write(path, shape, outtype, kept=kept, share=share, rank=rank)
         return path
 
     everything, rows = shape.experts, []
-    whole = Model(file("whole", everything, 0, shape.top_k), arguments.threads)
-    half = Model(file("half", everything, 0, shape.top_k // 2), arguments.threads)
+    whole, half = (
+        Model(file("whole", everything, 0), arguments.threads, top_k)
+        for top_k in (shape.top_k, shape.top_k // 2)
+    )
     for ratio in RATIOS:
-        for share in SHARES:
+        for share in arguments.shares:
             if share > ratio + 0.05:
                 continue  # no model routes to novices more often than to other experts
             ranks = [0, arguments.rank] if arguments.rank else [0]
             kept = round(everything * (1 - ratio))
-            paths = [file(f"{ratio}-{share}-r{r}", kept, share, shape.top_k, r) for r in ranks]
-            pruned = [Model(path, arguments.threads) for path in paths]
+            paths = [file(f"{ratio}-{share}-r{r}", kept, share, r) for r in ranks]
+            pruned = [Model(path, arguments.threads, shape.top_k) for path in paths]
             hits = pruned[0].ask("share", SHARE_TOKENS)
             for mode in MODES:
                 paired = times([whole, half, *pruned], mode, arguments.repetitions)
@@ -130,10 +131,15 @@ def row(outtype: str, ratio: float, mode: str, hits: float, paired: list[list[fl
     return Row(outtype, ratio, mode, hits, whole, half, pruned, middle, spread, cost)
 
 
-def unpatched(folder: Path, outtype: str, arguments: argparse.Namespace) -> dict[str, float]:
+def unpatched(
+    folder: Path, shape: Shape, outtype: str, arguments: argparse.Namespace
+) -> dict[str, float]:
     """Time of the whole file, patched / unpatched: median of the pairs, by mode."""
     path = folder / f"{outtype}-whole.gguf"
-    models = [Model(path, arguments.threads), Model(path, arguments.threads, arguments.unpatched)]
+    models = [
+        Model(path, arguments.threads, shape.top_k, library)
+        for library in (None, arguments.unpatched)
+    ]
     ratios = {
         mode: statistics.median(a / b for a, b in times(models, mode, arguments.repetitions))
         for mode in MODES
@@ -169,9 +175,10 @@ def main() -> None:
     parser.add_argument("--types", nargs="+", choices=TYPES, default=list(TYPES))
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--shares", nargs="+", type=float, default=list(SHARES))
     parser.add_argument("--rank", type=int, default=0, help="time low-rank novices as well")
     parser.add_argument("--unpatched", type=Path, help="folder of an unpatched libllama")
-    parser.add_argument("--keep", action="store_true", help="keep the pruned files")
+    parser.add_argument("--keep", action="store_true", help="keep the models")
     arguments = parser.parse_args()
     folder, shape = arguments.folder, SMALL if arguments.small else Shape()
     folder.mkdir(parents=True, exist_ok=True)
@@ -180,10 +187,12 @@ def main() -> None:
     for outtype in arguments.types:
         rows += measure(folder, shape, outtype, arguments)
         if arguments.unpatched:
-            patched[outtype] = unpatched(folder, outtype, arguments)
+            patched[outtype] = unpatched(folder, shape, outtype, arguments)
         record = {"shape": asdict(shape), "rows": [asdict(r) for r in rows], "patched": patched}
         (folder / "results.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
         (folder / "results.md").write_text(markdown(rows, patched), encoding="utf-8")
+        if not arguments.keep:
+            (folder / f"{outtype}-whole.gguf").unlink()
     sys.stdout.write(markdown(rows, patched))
 
 

@@ -59,9 +59,9 @@ def shift_for(share: float, shape: Shape, kept: int) -> float:
 
 
 def write(
-    path: Path, shape: Shape, outtype: str, *, kept: int, share: float, top_k: int, rank: int = 0
+    path: Path, shape: Shape, outtype: str, *, kept: int, share: float, rank: int = 0
 ) -> Path:
-    """Write a model with `kept` experts in each layer (all: an ordinary file) and this top-k.
+    """Write a model with `kept` experts in each layer (all: an ordinary file).
 
     Args:
         share: of the slots, that go to novices.
@@ -71,7 +71,7 @@ def write(
     sizes = {
         "context_length": 4096, "embedding_length": shape.width, "block_count": shape.layers,
         "feed_forward_length": shape.inner, "expert_count": shape.experts,
-        "expert_used_count": top_k, "attention.head_count": shape.heads,
+        "expert_used_count": shape.top_k, "attention.head_count": shape.heads,
         "attention.head_count_kv": shape.heads, "vocab_size": VOCABULARY,
     }  # fmt: skip
     for key, value in sizes.items():

@@ -1,4 +1,4 @@
-"""A model kept loaded and timed on request: `python -m benchmarks.skip_worker GGUF THREADS`.
+"""A model kept loaded and timed on request: `python -m benchmarks.skip_worker GGUF THREADS TOP_K`.
 
 In: lines "prefill N", "decode N", "share N" on stdin. Out: a number a line on stdout: seconds for N
 tokens at once, or one after the other; or the share of slots of N tokens that went to novices.
@@ -22,19 +22,24 @@ class Worker:
     """One model and one context, one thread.
 
     Args:
-        path: the GGUF.
+        path: the GGUF, an `olmoe`.
         threads: of llama.cpp.
+        top_k: experts that a token is sent to, whatever the file says.
     """
 
-    def __init__(self, path: str, threads: int) -> None:
+    def __init__(self, path: str, threads: int, top_k: int) -> None:
         self.hits = self.slots = 0
         self.watching = False
         self._silence = llama_cpp.llama_log_callback(lambda *_: None)
         llama_cpp.llama_log_set(self._silence, None)
         llama_cpp.llama_backend_init()
-        model = llama_cpp.llama_model_load_from_file(
-            path.encode(), llama_cpp.llama_model_default_params()
-        )
+        overrides = (llama_cpp.llama_model_kv_override * 2)()  # the last one is empty
+        overrides[0].key = b"olmoe.expert_used_count"
+        overrides[0].tag = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_INT
+        overrides[0].value.val_i64 = top_k
+        model_params = llama_cpp.llama_model_default_params()
+        model_params.kv_overrides = overrides
+        model = llama_cpp.llama_model_load_from_file(path.encode(), model_params)
         assert model, path
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = N_CTX, N_BATCH, N_BATCH
@@ -84,7 +89,7 @@ class Worker:
 
 def main() -> None:
     """Answer until stdin ends."""
-    worker = Worker(sys.argv[1], int(sys.argv[2]))
+    worker = Worker(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
     for line in sys.stdin:
         what, count = line.split()
         if what == "share":
