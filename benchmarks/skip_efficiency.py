@@ -23,8 +23,8 @@ from benchmarks.skip_model import SMALL, Shape
 TYPES = ("Q4_0", "Q4_K_M", "Q8_0")
 RATIOS = (0.25, 0.5)
 SHARES = (0.05, 0.15, 0.3, 0.5)
-MODES = {"prefill": 256, "decode": 32}
-SHARE_TOKENS = 256
+MODES = {"prefill": 128, "decode": 32}
+SHARE_TOKENS = 128
 
 
 @dataclass(frozen=True)
