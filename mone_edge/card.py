@@ -32,7 +32,7 @@ STOCK = "It runs on any llama.cpp that knows the architecture."
 
 def write(outfile: Path, plan: PrunePlan | None, recipe: Recipe, size: int) -> None:
     """Write `<outfile stem>.md`."""
-    patched = plan is not None and plan.replacement != "drop" and plan.removed_fraction > 0
+    patched = plan is not None and not plan.cuts and plan.removed_fraction > 0
     if plan is None or plan.removed_fraction == 0:
         what, kept, stats = "not pruned", "all", "none needed"
     else:
@@ -40,6 +40,11 @@ def write(outfile: Path, plan: PrunePlan | None, recipe: Recipe, size: int) -> N
             f"with {plan.removed_fraction:.1%} of its routed experts removed by `{plan.method}` "
             f"({plan.scope} scope; replaced by `{plan.replacement}`)"
         )
+        if plan.groups:
+            what = (
+                f"with its routed experts grouped and merged by `{plan.method}` into "
+                f"{1 - plan.removed_fraction:.1%} of their number"
+            )
         kept = " ".join(str(len(ids)) for ids in plan.kept.values())
         stats = f"sha256 {plan.stats_sha256[:16]}" if plan.stats_sha256 else "in memory"
     text = TEMPLATE.format(

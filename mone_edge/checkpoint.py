@@ -10,10 +10,10 @@ float32, and config.json names the pruned ids (`approximate_experts`) and the pl
 (`quantization_config`). "rank": `approx_value` is the bias of the fitted novice, beside it are
 `<expert>.approx_down` [r, H] and `<expert>.approx_up` [D, r].
 "drop": keys of kept experts are numbered 0 to K-1, routers are cut to K rows, config.json says K:
-an ordinary checkpoint, which needs nothing of ours.
+an ordinary checkpoint, which needs nothing of ours. "merge": the same of merged experts, whose
+tensors and router rows are computed as they are written (`merged_checkpoint`).
 """
 
-import dataclasses
 import functools
 import json
 import os
@@ -33,6 +33,7 @@ from mone_edge.collect.streaming import module_names, on_meta
 from mone_edge.config import EXPERT_COUNT_KEYS, NESTED_KEY
 from mone_edge.errors import MoneEdgeError
 from mone_edge.low_rank import LowRankNovices
+from mone_edge.merged_checkpoint import MergedLayer
 from mone_edge.plan import PrunePlan
 from mone_edge.recipe import MEASURED, low_rank
 from mone_edge.safetensors_file import SHARD_BYTES, Entry, write_shards
@@ -164,6 +165,7 @@ def _entries(
     model = on_meta(source)
     blocks = _blocks(model, plan)
     names = module_names(model, source.tensors)
+    merged = {i: MergedLayer(plan, i, source.tensors, names) for i in plan.groups}
     entries: list[Entry] = []
     prefixes: dict[int, str] = {}
     order = sorted(source.tensors.items(), key=lambda item: (item[1].file, item[1].offset))
@@ -172,17 +174,20 @@ def _entries(
         if block is not None:
             prefixes.setdefault(block.layer, _expert_prefix(key, block))
             stacked = names[key] in block.stacked
-            entries += _expert_entry(key, ref, block, plan, stacked=stacked)
+            layer = merged.get(block.layer)
+            entries += _expert_entry(key, ref, block, plan, layer, stacked=stacked)
             continue
         owner = next((b for b in blocks if names[key] in b.routed), None)
-        if owner is not None and plan.replacement == "drop":
+        if owner is not None and owner.layer in merged:
+            entries.append(merged[owner.layer].rows(key, owner.total))
+        elif owner is not None and plan.replacement == "drop":
             entries.append(_rows(key, ref, owner.total, plan.kept[owner.layer]))
         else:
             entries.append(_copied(key, ref))
     missing = [b.experts for b in blocks if b.layer not in prefixes]
     if missing:
         raise MoneEdgeError(f"{source.name} holds no weights for {missing[0]}")
-    if plan.replacement != "drop":
+    if not plan.cuts:
         for block in blocks:
             entries += _novices(prefixes[block.layer], block, plan, stats, fitted)
     return entries
@@ -203,8 +208,8 @@ def _block(model: Any, plan: PrunePlan, layer: int, name: str, experts: Any) -> 
         full = f"{parent}.{key}" if key else parent
         if "shared" in key or full == name or full.startswith(f"{name}."):
             continue
-        if plan.replacement == "drop" and getattr(module, "n_group", None) not in (None, 0, 1):
-            raise MoneEdgeError(f"{name}: group-limited routing cannot drop experts; use mean")
+        if plan.cuts and getattr(module, "n_group", None) not in (None, 0, 1):
+            raise MoneEdgeError(novices.grouped_routing(name, plan))
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         routed |= {
             f"{full}.{key}"
@@ -223,13 +228,21 @@ def _expert_prefix(key: str, block: _Block) -> str:
 
 
 def _expert_entry(
-    key: str, ref: TensorRef, block: _Block, plan: PrunePlan, *, stacked: bool
+    key: str,
+    ref: TensorRef,
+    block: _Block,
+    plan: PrunePlan,
+    merged: MergedLayer | None,
+    *,
+    stacked: bool,
 ) -> list[Entry]:
     """One expert's tensor, or none if it is pruned; the kept rows of a tensor of all experts."""
     kept = plan.kept[block.layer]
     match = EXPERT_KEY.fullmatch(key)
+    rows = ref.shape[0] // block.total if stacked else 1
+    if merged is not None:
+        return merged.expert(key) if match else [merged.stack(key, block.total, rows)]
     if match is None:
-        rows = ref.shape[0] // block.total if stacked else 1
         return [_rows(key, ref, block.total, kept, rows)]
     expert = int(match["id"])
     if expert not in kept:
@@ -302,10 +315,11 @@ def _config(source: Checkpoint, plan: PrunePlan, fitted: LowRankNovices | None) 
     config: dict[str, Any] = json.loads(json.dumps(source.config))
     nested = config.get("text_config")
     text = nested if isinstance(nested, dict) else config
-    if plan.replacement != "drop":
-        if "quantization_config" in config or "quantization_config" in text:
-            raise MoneEdgeError(f"{source.name} is quantised; prune the model it was made from")
-        document = dataclasses.asdict(plan) | {"stats_path": ""}
+    quantised = "quantization_config" in config or "quantization_config" in text
+    if quantised and plan.replacement != "drop":
+        raise MoneEdgeError(f"{source.name} is quantised; prune the model it was made from")
+    if not plan.cuts:
+        document = plan.document() | {"stats_path": ""}
         config["quantization_config"] = {
             "quant_method": PRUNED_METHOD,
             "version": FORMAT_VERSION,
@@ -319,7 +333,7 @@ def _config(source: Checkpoint, plan: PrunePlan, fitted: LowRankNovices | None) 
     counts = {len(ids) for ids in plan.kept.values()}
     if len(counts) != 1 or len(set(plan.num_experts.values())) != 1:
         raise MoneEdgeError(
-            f"dropping leaves {min(counts)} to {max(counts)} experts a layer, and config.json has "
+            f"the plan leaves {min(counts)} to {max(counts)} experts a layer, and config.json has "
             "one count for all; use --scope layer without --protect, or --replacement mean"
         )
     total = next(iter(plan.num_experts.values()))

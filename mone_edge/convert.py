@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from mone_edge import __version__, card, prune, quantize
+from mone_edge import __version__, card, merging, prune, quantize
 from mone_edge import imatrix as imatrices
 from mone_edge.conversion import UNQUANTISED, packages
 from mone_edge.errors import MoneEdgeError
@@ -100,12 +100,19 @@ def prepare(
                 f"{kind} of {made.model} ({made.fingerprint[:12]}), "
                 f"not of {source.name} ({source.base_fingerprint[:12]})"
             )
+    if plan and plan.groups and source.keeps_types:
+        raise MoneEdgeError(
+            f"{source.name} is a GGUF, and merging its experts would quantise them a second time; "
+            f"merge those of the checkpoint it was made from, or choose a --method other than "
+            f"{plan.method}"
+        )
     _require_other_files(source, outfiles)
     whole = whole or source.open(tokenizer_pre=recipe.tokenizer_pre)
     imatrix = _imatrix(whole, recipe, stats)
     model = prune.apply_plan(whole, plan, stats, fitted) if plan else whole
     if plan and imatrix:
-        imatrix = _kept_rows(imatrix, plan)
+        counted = stats if recipe.imatrix == "auto" else None
+        imatrix = _kept_rows(imatrix, plan, counted)
     if plan:
         model = _with_provenance(model, source, recipe)
     return [
@@ -136,12 +143,20 @@ def _imatrix(model: ModelFile, recipe: Recipe, stats: ExpertStats | None) -> dic
     return imatrix
 
 
-def _kept_rows(imatrix: dict[str, Any], plan: PrunePlan) -> dict[str, Any]:
+def _kept_rows(
+    imatrix: dict[str, Any], plan: PrunePlan, stats: ExpertStats | None
+) -> dict[str, Any]:
     kept = dict(imatrix)
     for layer, ids in plan.kept.items():
         for part in ("gate", "up", "down", "gate_up"):
             name = EXPERT_TENSOR.format(layer=layer, part=part)
-            if name in kept and kept[name].ndim == 2:
+            if name not in kept or kept[name].ndim != 2:
+                continue
+            if plan.groups:
+                counts = stats.layers[layer].count if stats else None
+                inner = part == "down"
+                kept[name] = merging.importance(kept[name], plan, layer, counts, inner=inner)
+            else:
                 kept[name] = kept[name][list(ids)]
     return kept
 

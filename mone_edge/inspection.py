@@ -15,7 +15,13 @@ from mone_edge.paths import expand, is_file
 from mone_edge.plan import FORMAT as PLAN_FORMAT
 from mone_edge.plan import PrunePlan
 
-QUIET_KEYS = ("tokenizer.", "mone.recipe", "mone.expert_order.", "general.tags")
+QUIET_KEYS = (
+    "tokenizer.",
+    "mone.recipe",
+    "mone.expert_order.",
+    "mone.expert_group.",
+    "general.tags",
+)
 
 
 def inspect(target: str, *, offline: bool = False) -> dict[str, Any]:

@@ -35,6 +35,10 @@ class LazyTensor:
         index = list(rows)
         return replace(self, shape=shape, chunks=(lambda: self.read()[index],))
 
+    def slice(self, row: int) -> Array:
+        """One slice of dimension 0, read now."""
+        return np.asarray(self.select([row]).read()[0])
+
     def select_columns(self, columns: Sequence[int]) -> "LazyTensor":
         """Only these items of the last dimension, which has one number an item."""
         shape, index = (*self.shape[:-1], len(columns)), list(columns)

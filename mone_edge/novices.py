@@ -5,6 +5,7 @@ In: a plan, the statistics it was made from or the novices that were fitted for 
 pruned, the oracle for the patched llama.cpp. Knows nothing about files or quantising.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,8 @@ IMPLEMENTATION = "mone-edge-novices"
 # Names of a novice's parts in a checkpoint, as <expert>.approx_value
 NOVICE_PARTS = APPROX_VALUE, APPROX_DOWN, APPROX_UP = ("approx_value", "approx_down", "approx_up")
 _NOVICES = "_mone_edge_novices"
+# [experts, ...] -> [kept, ...]; the name is that of a parameter of the experts, or empty
+Cut = Callable[["Tensor", str], "Tensor"]
 
 
 def vectors(
@@ -42,11 +45,11 @@ def vectors(
         reached.
 
     Raises:
-        MoneEdgeError: the plan drops experts, what its novices come from is missing, or is of
-            another model.
+        MoneEdgeError: the plan drops or merges experts, or what its novices come from is missing or
+            of another model.
     """
-    if plan.replacement == "drop":
-        raise MoneEdgeError("a plan with --replacement drop has no novices")
+    if plan.cuts:
+        raise MoneEdgeError(f"a plan with --replacement {plan.replacement} has no novices")
     if low_rank(plan.replacement):
         rows = require_fitted(plan, fitted).layers[layer].bias
         kept = np.zeros((len(plan.kept[layer]), rows.shape[1]), dtype=np.float32)
@@ -123,7 +126,7 @@ def apply(
 
     All but "drop" keep the router whole: a routed pruned expert adds its gate weight times its
     novice. "drop" cuts the router's rows and the experts' parameters, so that the model selects
-    among the kept experts only.
+    among the kept experts only; "merge" makes one of those of each group.
 
     Raises:
         MoneEdgeError: the plan does not fit the model, the statistics or the fitted novices.
@@ -136,14 +139,14 @@ def apply(
     found = {index: num_experts(module) for index, (_, module) in modules.items()}
     require_shape(plan, found, "the model has")
     for index, (name, module) in modules.items():
-        if plan.replacement == "drop":
-            _drop(model, name, module, plan.kept[index])
+        if plan.cuts:
+            _cut(model, name, module, plan, index)
         else:
             pruned, biases = plan.pruned(index), np.zeros((0, 1), np.float32)
             if pruned:
                 biases = vectors(plan, stats, index, fitted)[len(plan.kept[index]) :]
             install(module, pruned, biases, matrices(plan, fitted, index))
-    if plan.replacement != "drop":
+    if not plan.cuts:
         set_implementation(model, implementation())
     return model
 
@@ -216,51 +219,66 @@ def _experts_with_novices(
     return result
 
 
-def _drop(model: Any, name: str, experts: Any, kept: tuple[int, ...]) -> None:
-    """Cut a block to its kept experts: expert parameters, router rows, counts.
+def grouped_routing(name: str, plan: PrunePlan) -> str:
+    """Why a block cannot lose rows of its router."""
+    done, other = ("merge", "--method mone") if plan.groups else ("drop", "mean")
+    return f"{name}: group-limited routing cannot {done} experts; use {other}"
+
+
+def _cut(model: Any, name: str, experts: Any, plan: PrunePlan, layer: int) -> None:
+    """Make a block one of fewer experts: expert parameters, router rows, counts.
 
     In the block, its experts and its router (everything but shared experts), every parameter or
-    buffer with one row (or, if it is a single row, one column) per expert is sliced: gate weights,
-    gate biases and correction biases of any name. A router that groups its experts cannot be cut.
+    buffer with one row (or, if it is a single row, one column) per expert is sliced or merged: gate
+    weights, gate biases and correction biases of any name. A router that groups its experts cannot
+    be cut.
     """
     from torch import nn
 
     from mone_edge.collect.experts import expert_parameters, num_experts
 
-    total = num_experts(experts)
-    for owner, key, rows in list(expert_parameters(experts)):
-        by_expert = getattr(owner, key).data.unflatten(0, (total, rows))
-        own = by_expert[list(kept)].flatten(0, 1)
-        setattr(owner, key, nn.Parameter(own, requires_grad=False))
+    total, kept = num_experts(experts), plan.kept[layer]
+    if plan.groups:
+        from mone_edge.merged_model import Merge
+
+        cut: Cut = Merge(experts, plan, layer)
+    else:
+        cut = lambda rows, name: rows[list(kept)]  # noqa: E731
+    new = {
+        (owner, key): cut(getattr(owner, key).data.unflatten(0, (total, rows)), key).flatten(0, 1)
+        for owner, key, rows in expert_parameters(experts)
+    }
+    for (owner, key), values in new.items():
+        setattr(owner, key, nn.Parameter(values, requires_grad=False))
     block = model.get_submodule(name.rpartition(".")[0])
     owners = [module for key, module in block.named_modules() if "shared" not in key]
     for owner in owners:
         if getattr(owner, "n_group", None) not in (None, 0, 1):
-            raise MoneEdgeError(f"{name}: group-limited routing cannot drop experts; use mean")
-        _keep_rows(owner, total, list(kept))
+            raise MoneEdgeError(grouped_routing(name, plan))
+        _cut_rows(owner, total, cut)
         for attribute, value in list(vars(owner).items()):
             counts = "expert" in attribute or attribute == "out_features"
             if counts and type(value) is int and value == total:
                 setattr(owner, attribute, len(kept))
 
 
-def _keep_rows(module: Any, total: int, kept: list[int]) -> None:
-    """Slice the module's own tensors that have one row or column per expert."""
+def _cut_rows(module: Any, total: int, cut: "Cut") -> None:
+    """Cut the module's own tensors that have one row or column per expert."""
     from torch import nn
 
     for name, parameter in list(module.named_parameters(recurse=False)):
-        rows = _kept(parameter.data, total, kept)
+        rows = _rows(parameter.data, total, cut)
         if rows is not None:
             setattr(module, name, nn.Parameter(rows, requires_grad=False))
     for name, buffer in list(module.named_buffers(recurse=False)):
-        rows = _kept(buffer, total, kept)
+        rows = _rows(buffer, total, cut)
         if rows is not None:
             setattr(module, name, rows)
 
 
-def _kept(tensor: "Tensor", total: int, kept: list[int]) -> "Tensor | None":
+def _rows(tensor: "Tensor", total: int, cut: "Cut") -> "Tensor | None":
     if tensor.ndim and len(tensor) == total:
-        return tensor[kept].clone()
+        return cut(tensor, "")
     if tuple(tensor.shape) == (1, total):
-        return tensor[:, kept].clone()
+        return cut(tensor[0], "")[None]
     return None

@@ -11,8 +11,9 @@ protected, scopes `model` and `error` remove `floor(sum E * ratio + 1/2)` over t
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,25 @@ from mone_edge.criteria import super_experts
 from mone_edge.documents import parse_json, reason, require_keys
 from mone_edge.errors import MoneEdgeError, UsageError
 from mone_edge.paths import atomic_write, is_file
-from mone_edge.recipe import REPLACEMENTS, SCOPES, is_replacement
-from mone_edge.selection import METHODS, Choice, prune
+from mone_edge.recipe import (
+    CUTTING,
+    MERGING,
+    REPLACEMENTS,
+    SCOPES,
+    contradiction,
+    default_replacement,
+    is_replacement,
+)
+from mone_edge.selection import METHODS, Choice, merge, prune
 from mone_edge.stats import ExpertStats
 
 FORMAT = "mone-edge-plan"
-VERSION = 1
+VERSION = 2
+READABLE = (1, 2)  # 1: without groups
 UNKNOWN_METHOD = "unknown"  # of a model that somebody else pruned
+
+Groups = tuple[tuple[int, ...], ...]
+Weights = tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -47,6 +60,10 @@ class PrunePlan:
     protect_super: bool = False  # experts with extreme activations stay
     stats_path: str = ""  # where the novices' means are
     stats_sha256: str = ""
+    # Of "merge", of each kept expert: the ids that are merged into it, itself first, and the weight
+    # of each of them. Empty for the other replacements.
+    groups: Mapping[int, Groups] = field(default_factory=dict)
+    merge_weights: Mapping[int, Weights] = field(default_factory=dict)
 
     def pruned(self, layer: int) -> tuple[int, ...]:
         """Ids of the removed experts of a layer, ascending."""
@@ -56,6 +73,11 @@ class PrunePlan:
     def order(self, layer: int) -> tuple[int, ...]:
         """Original id of each new id: kept experts first, then the pruned ones."""
         return self.kept[layer] + self.pruned(layer)
+
+    @property
+    def cuts(self) -> bool:
+        """Whether the router loses rows: the result is an ordinary model with fewer experts."""
+        return self.replacement in CUTTING
 
     @property
     def removed_fraction(self) -> float:
@@ -70,9 +92,15 @@ class PrunePlan:
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON, atomically."""
-        document = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
+        version = VERSION if self.groups else 1
+        document = {"format": FORMAT, "version": version, **self.document()}
         with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+    def document(self) -> dict[str, Any]:
+        """What `parse` reads; without groups, where there are none, it is that of version 1."""
+        fields = dataclasses.asdict(self)
+        return {k: v for k, v in fields.items() if k not in ("groups", "merge_weights") or v}
 
     @classmethod
     def load(cls, path: Path) -> "PrunePlan":
@@ -87,8 +115,10 @@ class PrunePlan:
             )
         try:
             document = parse_json(path.read_bytes())
-            if document.pop("format") != FORMAT or document.pop("version") != VERSION:
-                raise MoneEdgeError(f"{path} is not a plan of this mone-edge (version {VERSION})")
+            if document.pop("format") != FORMAT or document.pop("version") not in READABLE:
+                raise MoneEdgeError(
+                    f"{path} is not a plan of this mone-edge (up to version {VERSION})"
+                )
         except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise MoneEdgeError(f"{path} is not a readable plan: {reason(error)}") from error
         return cls.parse(document, str(path))
@@ -106,6 +136,9 @@ class PrunePlan:
             fields["num_experts"] = {int(k): v for k, v in fields["num_experts"].items()}
             fields["kept"] = {int(k): tuple(v) for k, v in fields["kept"].items()}
             fields["protect"] = tuple(fields["protect"])
+            for name in ("groups", "merge_weights"):
+                found = fields.get(name, {}).items()
+                fields[name] = {int(k): tuple(map(tuple, v)) for k, v in found}
             plan = cls(**fields)
             plan._check(where)
         except (KeyError, ValueError, TypeError, AttributeError) as error:
@@ -140,10 +173,36 @@ class PrunePlan:
             experts = self.num_experts[layer]
             ascending = list(ids) == sorted(set(ids))
             in_range = not ids or (ids[0] >= 0 and ids[-1] < experts)
-            if not ascending or not in_range or (not ids and self.replacement == "drop"):
+            if not ascending or not in_range or (not ids and self.cuts):
                 raise MoneEdgeError(
                     f"{path}: layer {layer} keeps {len(ids)} experts of {experts}; "
                     "ids must be distinct, ascending and in range"
+                )
+        self._check_groups(path)
+
+    def _check_groups(self, path: str) -> None:
+        """That groups are there if experts are merged, and divide each layer's experts."""
+        layers = self.kept.keys() if self.replacement == "merge" else ()
+        if self.groups.keys() != set(layers) or self.merge_weights.keys() != set(layers):
+            raise MoneEdgeError(
+                f"{path}: replacement {self.replacement} with groups of other layers"
+            )
+        if said := contradiction(self.method, self.replacement):
+            raise MoneEdgeError(f"{path}: {said}")
+        for layer, groups in self.groups.items():
+            shares = self.merge_weights[layer]
+            members = [expert for ids in groups for expert in ids]
+            if (
+                [ids[:1] for ids in groups] != [(expert,) for expert in self.kept[layer]]
+                or sorted(members) != list(range(self.num_experts[layer]))
+                or any(type(expert) is not int for expert in members)
+                or list(map(len, shares)) != list(map(len, groups))
+                or not all(math.isclose(sum(s), 1) and min(s) >= 0 for s in shares)
+            ):
+                raise MoneEdgeError(
+                    f"{path}: the groups of layer {layer} are no division of its "
+                    f"{self.num_experts[layer]} experts, each with the kept one first and with "
+                    "weights that add up to 1"
                 )
 
 
@@ -153,7 +212,7 @@ def make_plan(
     prune_ratio: float = 0.25,
     method: str = "mone",
     scope: str = "layer",
-    replacement: str = "mean",
+    replacement: str | None = None,
     seed: int = 42,
     protect: Iterable[int] = (),
     protect_super: bool = False,
@@ -168,8 +227,9 @@ def make_plan(
         method: one of METHODS.
         scope: "layer" (the same fraction in every layer), "model" (one ranking over all) or
             "error" (fewer where less is lost).
-        replacement: one of REPLACEMENTS.
-        seed: of the method "random".
+        replacement: one of REPLACEMENTS; default: "merge" for methods that group experts, else
+            "mean".
+        seed: of the methods "random" and "dek".
         protect: block indices to leave whole (see `parse_layers`).
         protect_super: keep experts with extreme activations (`criteria.super_experts`).
         stats_path: where the statistics are, recorded in the plan.
@@ -179,6 +239,7 @@ def make_plan(
         UsageError: an unknown name, or a ratio that leaves a layer too few experts to run.
     """
     guarded = tuple(sorted(set(protect)))
+    replacement = replacement or default_replacement(method)
     _check_choices(stats, prune_ratio, method, scope, replacement, guarded)
     num_experts = {index: layer.num_experts for index, layer in sorted(stats.layers.items())}
     top_k = max(layer.top_k for layer in stats.layers.values())
@@ -186,15 +247,21 @@ def make_plan(
         method,
         replacement,
         seed,
-        floor=top_k if replacement == "drop" else 1,
+        floor=top_k if replacement in CUTTING else 1,
         spared=super_experts(stats.layers) if protect_super else {},
     )
     layers = {index: stats.layers[index] for index in num_experts if index not in guarded}
-    pruned = prune(layers, scope, prune_ratio, choice) if prune_ratio else {}
-    kept = {
-        index: tuple(i for i in range(experts) if i not in pruned.get(index, ()))
-        for index, experts in num_experts.items()
-    }
+    groups: dict[int, Groups] = {}
+    shares: dict[int, Weights] = {}
+    if method in MERGING:
+        groups, shares = merge(dict(sorted(stats.layers.items())), prune_ratio, choice)
+        kept = {index: tuple(ids[0] for ids in found) for index, found in groups.items()}
+    else:
+        pruned = prune(layers, scope, prune_ratio, choice) if prune_ratio else {}
+        kept = {
+            index: tuple(i for i in range(experts) if i not in pruned.get(index, ()))
+            for index, experts in num_experts.items()
+        }
     return PrunePlan(
         model=stats.provenance.model,
         fingerprint=stats.provenance.fingerprint,
@@ -210,6 +277,8 @@ def make_plan(
         protect_super=protect_super,
         stats_path=stats_path,
         stats_sha256=stats_sha256,
+        groups=groups,
+        merge_weights=shares,
     )
 
 
@@ -274,10 +343,12 @@ def _check_choices(
             f"--protect {foreign[0]}: the MoE layers of this model are "
             f"{min(stats.layers)} to {max(stats.layers)}"
         )
-    if replacement == "drop" and (scope != "layer" or protect) and prune_ratio > 0:
+    if said := contradiction(method, replacement):
+        raise UsageError(said)
+    if replacement in CUTTING and (scope != "layer" or protect) and prune_ratio > 0:
         cause = f"--scope {scope}" if scope != "layer" else "--protect"
+        other = "use --replacement mean, or " if replacement == "drop" else ""
         raise UsageError(
-            f"--replacement drop with {cause} leaves different numbers of experts per layer, and a "
-            "GGUF without novices holds one number for all; use --replacement mean, or leave "
-            f"{cause} out"
+            f"--replacement {replacement} with {cause} leaves different numbers of experts per "
+            f"layer, and a GGUF without novices holds one number for all; {other}leave {cause} out"
         )

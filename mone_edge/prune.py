@@ -1,4 +1,5 @@
-"""A model and a plan -> the pruned model: kept experts only, routers permuted, novices added.
+"""A model and a plan -> the pruned model: kept experts only, routers permuted, novices added; or
+merged experts with a router of as many rows.
 
 In: a `ModelFile`, a `PrunePlan`, the statistics or the fitted novices that go with it. Out: a
 `ModelFile` in the MoNE format (`docs/format.md`). Lazy like its input: pruned experts are never
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mone_edge import novices
+from mone_edge import merging, novices
 from mone_edge.conversion import packages
 from mone_edge.errors import MoneEdgeError
 from mone_edge.low_rank import LowRankNovices
@@ -21,10 +22,12 @@ from mone_edge.plan import PrunePlan
 from mone_edge.stats import ExpertStats
 
 FORMAT_VERSION = 1
+DOWN = "blk.{layer}.ffn_down_exps.weight"
 DOWN_BIAS = "blk.{layer}.ffn_down_exps.bias"
 NOVICE = "blk.{layer}.ffn_novice_{part}.weight"
 EXPERT_WEIGHT = re.compile(r"ffn_(gate|up|down|gate_up)_exps\.weight")
 EXPERT_VECTOR = re.compile(r"ffn_(gate|up|down|gate_up)_exps\.(bias|scale)")
+INPUT_PARTS = ("gate", "up", "gate_up")  # whose outputs are neurons
 ROUTER = re.compile(r"ffn_gate_inp\.(weight|bias)|exp_probs_b(\.bias)?")  # hy-v3: no suffix
 # Where the order of experts means something: groups of experts share one, or tokens have their own.
 ORDERED = re.compile(r"ffn_\w+_chexps\.|ffn_gate_tid2eid\.")
@@ -52,14 +55,17 @@ def apply_plan(
     """
     _require_fit(model, plan)
     ordered = _ordered_layers(model, plan)
+    mergers = {layer: _merger(model, plan, layer) for layer in plan.groups}
     tensors: dict[str, LazyTensor] = {}
     for name, tensor in model.tensors.items():
         layer, part = _split(name)
         if layer not in plan.kept or not plan.pruned(layer):
             tensors[name] = tensor
+        elif layer in mergers:
+            tensors[name] = _merged_tensor(name, part, tensor, mergers[layer])
         elif not EXPERT_WEIGHT.fullmatch(part) or plan.kept[layer]:
             tensors[name] = _pruned_tensor(part, tensor, plan, layer, ordered=layer in ordered)
-    if plan.replacement != "drop":
+    if not plan.cuts:
         tensors |= _novice_biases(model, tensors, plan, stats, fitted)
         tensors |= _novice_matrices(model, plan, fitted)
         tensors |= {SLOTS.format(layer=layer): _slots(plan, layer) for layer in ordered}
@@ -91,16 +97,17 @@ def _ordered_layers(model: ModelFile, plan: PrunePlan) -> tuple[int, ...]:
     """Pruned layers whose router has to stay as it is.
 
     Raises:
-        MoneEdgeError: the plan would cut such a router.
+        MoneEdgeError: the plan would cut such a router, or merge rows of it.
     """
     groups = model.value("{arch}.expert_group_count", 1)
     marked = {_split(name)[0] for name in model.tensors if ORDERED.match(_split(name)[1])}
     ordered = tuple(i for i in plan.kept if plan.pruned(i) and (groups > 1 or i in marked))
-    if ordered and plan.replacement == "drop":
+    if ordered and plan.cuts:
         why = f"it routes within {groups} groups" if groups > 1 else "others depend on their order"
-        raise MoneEdgeError(
-            f"experts of {model.arch} cannot be dropped: {why}; use --replacement mean"
+        done, other = (
+            ("merged", "--method mone") if plan.groups else ("dropped", "--replacement mean")
         )
+        raise MoneEdgeError(f"experts of {model.arch} cannot be {done}: {why}; use {other}")
     return ordered
 
 
@@ -124,6 +131,47 @@ def _pruned_tensor(
         one_row = tensor.shape == (1, plan.num_experts[layer])
         return tensor.select_columns(rows) if one_row else tensor.select(rows)
     return tensor
+
+
+def _merger(model: ModelFile, plan: PrunePlan, layer: int) -> merging.LayerMerger:
+    def stack(part: str) -> LazyTensor | None:
+        return model.tensors.get(f"blk.{layer}.ffn_{part}_exps.weight")
+
+    def read(expert: int) -> list[Array]:
+        inputs = (found.slice(expert) for part in INPUT_PARTS if (found := stack(part)))
+        return merging.neurons(model.tensors[DOWN.format(layer=layer)].slice(expert), inputs)
+
+    return merging.layer_merger(plan, layer, read)
+
+
+def _merged_tensor(
+    name: str, part: str, tensor: LazyTensor, merger: merging.LayerMerger
+) -> LazyTensor:
+    """A tensor with a slice a group where it had one an expert; others as they are.
+
+    Raises:
+        MoneEdgeError: it does not hold floats.
+    """
+    match = EXPERT_WEIGHT.fullmatch(part) or EXPERT_VECTOR.fullmatch(part)
+    if not match and not ROUTER.fullmatch(part):
+        return tensor
+    if tensor.dtype != "F32":
+        raise MoneEdgeError(
+            f"{name} is of type {tensor.dtype}, and only floats can be merged; merge the experts "
+            "of the checkpoint before it was quantised"
+        )
+    groups = len(merger.groups)
+    if tensor.shape[0] == 1:  # a correction bias in one row
+        row = (lambda: merger.rows(tensor.read().reshape(-1))[None],)
+        return LazyTensor((1, groups), row)
+    axis = None
+    if match and not part.endswith("scale"):
+        axis = 0 if match[1] in INPUT_PARTS else 1 if part.endswith("weight") else None
+    shape = (groups, *tensor.shape[1:])
+    one = functools.partial(merger.expert, part=tensor.slice, axis=axis)
+    if EXPERT_WEIGHT.fullmatch(part):
+        return LazyTensor(shape, tuple(functools.partial(one, i) for i in range(groups)))
+    return LazyTensor(shape, (lambda: np.stack([one(i) for i in range(groups)]),))
 
 
 def _kept_then_zeros(tensor: LazyTensor, plan: PrunePlan, layer: int) -> LazyTensor:
@@ -197,13 +245,18 @@ def _metadata(model: ModelFile, plan: PrunePlan) -> dict[str, Any]:
         "mone.stats.sha256": value(plan.stats_sha256, kind.STRING),
     }
     for layer in plan.kept:
-        ids = plan.kept[layer] if plan.replacement == "drop" else plan.order(layer)
+        ids = plan.kept[layer] if plan.cuts else plan.order(layer)
         entries[f"mone.expert_order.{layer}"] = value(list(ids), kind.ARRAY, kind.INT32)
-    if plan.replacement == "drop":
+    for layer, groups in plan.groups.items():
+        group_of = {expert: number for number, ids in enumerate(groups) for expert in ids}
+        entries[f"mone.expert_group.{layer}"] = value(
+            [group_of[expert] for expert in range(len(group_of))], kind.ARRAY, kind.INT32
+        )
+    if plan.cuts:
         kept = {len(ids) for ids in plan.kept.values()}
         if len(kept) != 1:
             raise MoneEdgeError(
-                f"dropping leaves {min(kept)} to {max(kept)} experts a layer, and a GGUF has one "
+                f"the plan leaves {min(kept)} to {max(kept)} experts a layer, and a GGUF has one "
                 "count for all; use --scope layer without --protect, or --replacement mean"
             )
         entries[f"{model.arch}.expert_count"] = value(kept.pop(), kind.UINT32)

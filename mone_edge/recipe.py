@@ -18,7 +18,9 @@ from mone_edge.errors import UsageError
 from mone_edge.paths import atomic_write
 
 SCOPES = ("layer", "model", "error")
-REPLACEMENTS = ("mean", "gate2-mean", "zero", "drop", "rank", "rank-R")
+REPLACEMENTS = ("mean", "gate2-mean", "zero", "drop", "merge", "rank", "rank-R")
+CUTTING = ("drop", "merge")  # replacements that leave an ordinary model with fewer experts
+DEK, M_SMOE, HC_SMOE = MERGING = ("dek", "m-smoe", "hc-smoe")  # methods that group experts
 MEASURED = ("mean", "gate2-mean")  # replacements whose vectors come from statistics
 LOW_RANK = re.compile(r"rank(?:-([1-9]\d{0,3}))?")
 
@@ -31,6 +33,26 @@ def is_replacement(name: object) -> bool:
 def low_rank(replacement: str) -> bool:
     """Whether novices of this replacement are fitted: "rank" or "rank-16"."""
     return LOW_RANK.fullmatch(replacement) is not None
+
+
+def default_replacement(method: str) -> str:
+    """What `--replacement` is where it is not given."""
+    return "merge" if method in MERGING else "mean"
+
+
+def contradiction(method: str, replacement: str) -> str:
+    """Why a method and a replacement cannot go together; empty where they can."""
+    if method in MERGING and replacement != "merge":
+        return (
+            f"--method {method} merges experts, which --replacement {replacement} does not; leave "
+            "--replacement out"
+        )
+    if replacement == "merge" and method not in MERGING:
+        return (
+            f"--replacement merge needs a method that groups experts ({', '.join(MERGING)}), not "
+            f"--method {method}"
+        )
+    return ""
 
 
 def rank_of(replacement: str) -> int | None:

@@ -10,16 +10,21 @@ statistics predict add up to the least.
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mone_edge import joint
 from mone_edge.criteria import CRITERIA, error_matrix
 from mone_edge.errors import UsageError
+from mone_edge.recipe import CUTTING, MERGING
 from mone_edge.stats import Float, LayerStats
 
+if TYPE_CHECKING:
+    from mone_edge.grouping import Groups, Weights
+
 JOINT = "joint"
-METHODS = (*CRITERIA, JOINT)
+METHODS = (*CRITERIA, JOINT, *MERGING)
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,9 @@ class LayerChoice:
         spared = set(choice.spared.get(index, ()))
         self.candidates = [i for i in range(layer.num_experts) if i not in spared]
         self.most = min(len(self.candidates), layer.num_experts - choice.floor)
-        if choice.method != JOINT:
+        if choice.method in MERGING:  # one of those that are merged stays
+            self.most = max(0, min(self.most, len(self.candidates) - 1))
+        elif choice.method != JOINT:
             rng = np.random.default_rng([choice.seed, index])
             self.scores: Float = CRITERIA[choice.method](layer, rng)
 
@@ -77,21 +84,46 @@ def prune(
     return _least_error(choices, ratio)
 
 
+def merge(
+    layers: Mapping[int, LayerStats], ratio: float, choice: Choice
+) -> "tuple[dict[int, Groups], dict[int, Weights]]":
+    """Groups of experts that become one each, as many in every layer, and what each expert weighs.
+
+    Raises:
+        UsageError: the ratio leaves too few experts, or the statistics lack what is needed.
+    """
+    from mone_edge import grouping
+
+    choices = {index: LayerChoice(index, layer, choice) for index, layer in layers.items()}
+    groups: dict[int, Groups] = {}
+    for index, count in _counts_by_layer(choices, ratio).items():
+        layer, alone = layers[index], choice.spared.get(index, ())
+        left = layer.num_experts - count
+        groups[index] = grouping.group(layer, choice.method, left, alone, choice.seed)
+    return groups, {
+        i: grouping.weights(layers[i], choice.method, found) for i, found in groups.items()
+    }
+
+
 def rounded(value: float) -> int:
     """Nearest whole number, halves up; 1e-9 absorbs the binary error of ratios like 0.1."""
     return math.floor(value + 0.5 + 1e-9)
 
 
 def _same_in_every_layer(choices: Mapping[int, LayerChoice], ratio: float) -> dict[int, set[int]]:
-    pruned: dict[int, set[int]] = {}
+    return {i: choices[i].first(count) for i, count in _counts_by_layer(choices, ratio).items()}
+
+
+def _counts_by_layer(choices: Mapping[int, LayerChoice], ratio: float) -> dict[int, int]:
+    counts: dict[int, int] = {}
     for index, layer in choices.items():
         experts = layer.layer.num_experts
         count = rounded(experts * ratio)
         if count > layer.most:
             floor = experts - layer.most
             raise UsageError(_too_few(experts, experts - count, floor, ratio, layer.choice))
-        pruned[index] = layer.first(count)
-    return pruned
+        counts[index] = count
+    return counts
 
 
 def _count_over_model(choices: Mapping[int, LayerChoice], ratio: float) -> int:
@@ -145,14 +177,14 @@ def _least_error(choices: Mapping[int, LayerChoice], ratio: float) -> dict[int, 
 
 def _too_few(experts: int, left: int, floor: int, ratio: float, choice: Choice) -> str:
     largest = math.floor((experts - floor) / experts * 10_000) / 10_000
-    drops = choice.replacement == "drop"
+    cuts = choice.replacement in CUTTING
     if choice.spared:
         reason = f"{floor} must stay with --protect-super"
-    elif drops:
+    elif cuts:
         reason = f"the router selects top_k={floor} among those that stay"
     else:
         reason = f"{floor} must stay (one per layer)"
-    remedy = ", or use --replacement mean" if drops else ""
+    remedy = ", or use --replacement mean" if choice.replacement == "drop" else ""
     return (
         f"--prune-ratio {ratio:g} leaves {left} of {experts} experts, and {reason}: "
         f"reduce --prune-ratio to at most {largest:g}{remedy}"

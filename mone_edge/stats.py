@@ -6,7 +6,9 @@ novices and importance-weighted quantising. Knows nothing about models, criteria
 All sums run over calibration tokens `t` that the router sent to expert `i` (`i in S_t`), with
 `g` the gate weight that multiplies the expert's output and `f` the raw expert output. Means and
 second moments merge exactly by Chan's formula, everything else by addition. One statistic does not
-merge exactly, `pair_error` (see `LayerStats.merge`). Files of version 1 lack what is `OPTIONAL`.
+merge exactly, `pair_error` (see `LayerStats.merge`). What is `SAMPLED` is of a few hundred of the
+tokens, on which all experts were run. Files of older versions lack what is `OPTIONAL`: version 1
+all of it, version 2 what is sampled.
 """
 
 import dataclasses
@@ -25,8 +27,8 @@ from mone_edge.errors import MoneEdgeError
 from mone_edge.paths import atomic_write, is_file
 
 FORMAT = "mone-edge-stats"
-VERSION = 2
-READABLE = (1, 2)
+VERSION = 3
+READABLE = (1, 2, 3)
 
 Float = NDArray[np.float64]
 Int = NDArray[np.int64]
@@ -53,6 +55,11 @@ class LayerStats:
     output_max: Float | None = None  # [E] largest |f| of a token and channel
     pair_gate: Float | None = None  # [E, E] sum g_i g_j over tokens routed to both
     pair_error: Float | None = None  # [E, E] sum g_i g_j <f_i - mean_i, f_j - mean_j>
+    # Of sampled tokens, Y_i [S, D] the centred outputs of expert i, l the router's logits [S, E]
+    sampled: int = 0  # S
+    sample_sum: Float | None = None  # [E, D] sum f, routed to the expert or not
+    sample_kernel: Float | None = None  # [E, E] ||Y_i^T Y_j||_F^2 / S, added up over merged parts
+    sample_logits: Float | None = None  # [E, E] sum l_i l_j
 
     @property
     def num_experts(self) -> int:
@@ -65,12 +72,12 @@ class LayerStats:
             values = getattr(self, name)
             if values is None and name in OPTIONAL:
                 continue
-            wide = name in WIDE or name in PAIRS
+            wide = name in (*WIDE, *PAIRS, *SAMPLED)
             if values.shape[:1] != (experts,) or values.ndim != (2 if wide else 1):
                 raise ValueError(f"{name} has shape {values.shape} for {experts} experts")
-            if name in MEANS and values.shape[1] != width:
+            if name in (*MEANS, "sample_sum") and values.shape[1] != width:
                 raise ValueError(f"{name} is {values.shape[1]} wide, not {width}")
-            if name in PAIRS and values.shape[1] != experts:
+            if name in SQUARE and values.shape[1] != experts:
                 raise ValueError(f"{name} has shape {values.shape} for {experts} experts")
             if not np.isfinite(values).all():
                 raise ValueError(f"{name} is not finite")
@@ -84,7 +91,9 @@ class LayerStats:
 
         `pair_error` moves with the means as a covariance does, which is exact if the tokens that a
         pair shares have the same mean output as all tokens of an expert, and else off by the
-        product of two small differences. What one side lacks, the whole lacks.
+        product of two small differences. `sample_kernel` adds up: outputs of a part are centred
+        around that part's own mean, and tokens of different parts are not compared. What one side
+        lacks, the whole lacks.
         """
         if self.output_mean.shape != other.output_mean.shape or self.top_k != other.top_k:
             raise MoneEdgeError(
@@ -95,7 +104,8 @@ class LayerStats:
         share = _share(other.count, count)  # [E, 1]
         delta = other.output_mean - self.output_mean
         gate_sq_sum = self.gate_sq_sum + other.gate_sq_sum
-        merged = {name: getattr(self, name) + getattr(other, name) for name in ADDITIVE}
+        merged: dict[str, Any] = {n: getattr(self, n) + getattr(other, n) for n in ADDITIVE}
+        merged |= {n: _both(np.add, getattr(self, n), getattr(other, n)) for n in SAMPLED}
         return LayerStats(
             top_k=self.top_k,
             output_mean=self.output_mean + delta * share,
@@ -122,11 +132,14 @@ class LayerStats:
 MEANS = ("output_mean", "output_m2", "gate_sq_mean")
 WIDE = (*MEANS, "input_sq_sum", "inner_sq_sum")  # [E, ...], the others are [E]
 PAIRS = ("pair_gate", "pair_error")  # [E, E]
-OPTIONAL = ("output_max", *PAIRS)  # since version 2
+SAMPLED = ("sample_sum", "sample_kernel", "sample_logits")  # since version 3
+SQUARE = (*PAIRS, *SAMPLED[1:])
+OPTIONAL = ("output_max", *PAIRS, *SAMPLED)  # the others since version 2
+SCALARS = ("tokens", "top_k", "sampled")
 ADDITIVE = tuple(
     f.name for f in dataclasses.fields(LayerStats) if f.name not in (*MEANS, *OPTIONAL, "top_k")
 )
-ARRAYS = tuple(f.name for f in dataclasses.fields(LayerStats) if f.name not in ("tokens", "top_k"))
+ARRAYS = tuple(f.name for f in dataclasses.fields(LayerStats) if f.name not in SCALARS)
 
 
 def _both(join: Callable[[Float, Float], Float], a: Float | None, b: Float | None) -> Float | None:
@@ -217,7 +230,7 @@ class ExpertStats:
         for index, layer in self.layers.items():
             arrays = {name: getattr(layer, name) for name in ARRAYS}
             tensors |= {f"layer.{index}.{n}": v for n, v in arrays.items() if v is not None}
-            tensors[f"layer.{index}.scalars"] = np.array([layer.tokens, layer.top_k])
+            tensors[f"layer.{index}.scalars"] = np.array([getattr(layer, n) for n in SCALARS])
         for module, linear in self.linears.items():
             tensors[f"linear.{module}"] = np.append(linear.input_sq_sum, linear.count)
         document = {"version": VERSION, "provenance": dataclasses.asdict(self.provenance)}
@@ -287,10 +300,10 @@ def _assemble(provenance: dict[str, Any], tensors: Mapping[str, NDArray[Any]]) -
 
 
 def _layer(index: int, tensors: Mapping[str, NDArray[Any]]) -> LayerStats:
-    tokens, top_k = map(int, tensors[f"layer.{index}.scalars"])
+    tokens, top_k, *later = map(int, tensors[f"layer.{index}.scalars"])
     names = [n for n in ARRAYS if n not in OPTIONAL or f"layer.{index}.{n}" in tensors]
     arrays = {name: tensors[f"layer.{index}.{name}"] for name in names}
-    layer = LayerStats(tokens, top_k, **arrays)
+    layer = LayerStats(tokens, top_k, sampled=sum(later), **arrays)
     try:
         layer.check()
     except ValueError as error:
@@ -300,8 +313,9 @@ def _layer(index: int, tensors: Mapping[str, NDArray[Any]]) -> LayerStats:
 
 def empty_layer(experts: int, width: int, inner: int, *, top_k: int) -> LayerStats:
     """A layer that saw nothing: E experts, output and input width D, inner width I."""
-    columns = dict.fromkeys(WIDE, width) | dict.fromkeys(PAIRS, experts) | {"inner_sq_sum": inner}
-    arrays = {
+    columns = dict.fromkeys((*WIDE, "sample_sum"), width) | dict.fromkeys(SQUARE, experts)
+    columns |= {"inner_sq_sum": inner}
+    arrays: dict[str, Any] = {
         name: np.zeros((experts, columns[name]) if name in columns else experts)
         for name in ARRAYS
         if name != "count"

@@ -9,11 +9,12 @@ import torch
 from safetensors import safe_open
 
 from mone_edge.calibration import Batches
+from mone_edge.collect import sampling
 from mone_edge.collect.experts import experts_implementation, experts_modules
 from mone_edge.collect.loading import choose_dtype, load_model
 from mone_edge.collect.torch_model import IMPLEMENTATION, collect, collect_loaded, observe_experts
 from mone_edge.errors import MoneEdgeError, UsageError
-from mone_edge.stats import ARRAYS, PAIRS, LayerStats
+from mone_edge.stats import ARRAYS, PAIRS, SAMPLED, LayerStats
 from tests.tiny import MODEL_TYPES, VOCAB, make_checkpoint
 
 EXPERTS, TOP_K = 16, 2
@@ -53,7 +54,7 @@ def routed_calls(model: Any, tokens: np.ndarray) -> dict[int, list[tuple[np.ndar
 
 
 def reference(
-    module: Any, hidden: np.ndarray, index: np.ndarray, weights: np.ndarray
+    module: Any, hidden: np.ndarray, index: np.ndarray, weights: np.ndarray, router: np.ndarray
 ) -> LayerStats:
     """Token by token, expert by expert, textbook formulas."""
     gate_up, down = (
@@ -68,7 +69,7 @@ def reference(
             gate, up = np.split(gate_up[expert] @ x, 2)
             inner = gate / (1 + np.exp(-gate)) * up
             seen[expert].append((g, x, inner, down[expert] @ inner))
-    rows: dict[str, list[Any]] = {name: [] for name in ARRAYS if name not in PAIRS}
+    rows: dict[str, list[Any]] = {n: [] for n in ARRAYS if n not in (*PAIRS, *SAMPLED)}
     means = np.zeros((experts, width))
     for expert, calls in enumerate(seen):
         g = np.array([c[0] for c in calls])
@@ -107,7 +108,29 @@ def reference(
     arrays = {k: np.array(v) for k, v in rows.items()}
     arrays["pair_gate"] = gates.T @ gates
     arrays["pair_error"] = np.einsum("tid,tjd->ij", residuals, residuals)
-    return LayerStats(len(hidden), index.shape[1], **arrays)
+    return LayerStats(
+        len(hidden), index.shape[1], **arrays, **sampled(hidden, gate_up, down, router)
+    )
+
+
+def sampled(
+    hidden: np.ndarray, gate_up: np.ndarray, down: np.ndarray, router: np.ndarray
+) -> dict[str, Any]:
+    """All experts on all tokens; CKA's products of D x D matrices, as it is defined."""
+    x = hidden.astype(np.float64)
+    outputs = []
+    for one, two in zip(gate_up, down, strict=True):
+        gate, up = np.split(x @ one.T, 2, axis=1)
+        outputs.append(gate / (1 + np.exp(-gate)) * up @ two.T)
+    centred = [f - f.mean(0) for f in outputs]
+    products = [[np.linalg.norm(a.T @ b, "fro") ** 2 for b in centred] for a in centred]
+    logits = x @ router.astype(np.float64).T
+    return {
+        "sampled": len(x),
+        "sample_sum": np.array([f.sum(0) for f in outputs]),
+        "sample_kernel": np.array(products) / len(x),
+        "sample_logits": logits.T @ logits,
+    }
 
 
 def assert_same(
@@ -131,9 +154,12 @@ def test_statistics_equal_the_float64_reference(
     calls = routed_calls(model, few.tokens)
     counts = np.concatenate([layer.count for layer in stats.layers.values()])
     assert (counts == 0).any() and (counts == 1).any(), "the case must cover rare experts"
-    for index, (_, module) in experts_modules(model).items():
+    for index, (name, module) in experts_modules(model).items():
         ((hidden, ids, weights),) = calls[index]
-        assert_same(stats.layers[index], reference(module, hidden, ids, weights), rtol)
+        router = model.get_submodule(name.replace("experts", "gate")).weight.detach().numpy()
+        assert stats.layers[index].sampled == few.tokens.size
+        expected = reference(module, hidden, ids, weights, router)
+        assert_same(stats.layers[index], expected, rtol)
 
 
 @pytest.mark.parametrize("kind", MODEL_TYPES)
@@ -149,6 +175,48 @@ def test_instrumented_logits_equal_eager(checkpoints: dict[str, Path], kind: str
     torch.testing.assert_close(after, expected, rtol=0, atol=0)
 
 
+def test_sampled_tokens_are_spread_over_the_text() -> None:
+    for total in (1, 255, 256, 257, 1000, 262_144):
+        wanted = sampling.positions(total, seed=1)
+        assert len(wanted) == min(total, sampling.TOKENS)
+        assert (np.diff(wanted) > 0).all()
+        assert (wanted // (total / len(wanted)) - np.arange(len(wanted))).max() <= 0
+        assert wanted[0] >= 0 and wanted[-1] >= total - total / len(wanted) - 1
+    assert not np.array_equal(wanted, sampling.positions(total, seed=2))
+
+
+@pytest.mark.parametrize("batch_tokens", [64, 4096])
+def test_the_sampled_tokens_are_those_wanted(
+    checkpoints: dict[str, Path], batch_tokens: int
+) -> None:
+    """However the 384 tokens are divided into calls."""
+    model = load_model(checkpoints["qwen3_moe"], device="cpu", dtype="float64")
+    some = batches(12, 32, seed=5)
+    stats = collect_loaded(model, some, batch_tokens=batch_tokens)
+    calls = routed_calls(model, some.tokens)
+    for index, (name, module) in experts_modules(model).items():
+        hidden = calls[index][0][0][sampling.positions(12 * 32, some.seed)]
+        weights = [w.detach().numpy() for w in (module.gate_up_proj, module.down_proj)]
+        router = model.get_submodule(name.replace("experts", "gate")).weight.detach().numpy()
+        for field, value in sampled(hidden, *weights, router).items():
+            want = np.asarray(value)
+            atol = 1e-11 * np.abs(want).max()
+            np.testing.assert_allclose(getattr(stats.layers[index], field), want, 1e-9, atol)
+
+
+def test_overflowing_outputs_leave_no_sample(checkpoints: dict[str, Path]) -> None:
+    """An expert that no token is sent to may overflow on what it never sees; the rest is kept."""
+    model = load_model(checkpoints["olmoe"], device="cpu")
+    _, module = experts_modules(model)[1]
+    few = batches(1, 16)
+    unseen = int(np.flatnonzero(collect_loaded(model, few).layers[1].count == 0)[0])
+    with torch.no_grad():
+        module.down_proj[unseen] = float("inf")
+    layers = collect_loaded(model, few).layers
+    assert layers[1].sample_kernel is None and layers[1].sampled == 0
+    assert layers[0].sample_kernel is not None and layers[1].pair_error is not None
+
+
 def test_parts_merge_to_the_whole(checkpoints: dict[str, Path]) -> None:
     model = load_model(checkpoints["olmoe"], device="cpu", dtype="float64")
     whole = batches(6, 32)
@@ -160,7 +228,9 @@ def test_parts_merge_to_the_whole(checkpoints: dict[str, Path]) -> None:
     merged = first.merge(second).merge(third)
     expected = collect_loaded(model, whole)
     for index, layer in expected.layers.items():
-        assert_same(merged.layers[index], layer, 1e-12, but=("pair_error",))
+        assert_same(merged.layers[index], layer, 1e-12, but=("pair_error", "sample_kernel"))
+        # outputs of other tokens: within parts of 2 or 3 sequences only
+        assert merged.layers[index].sampled == layer.sampled == whole.tokens.size
     assert merged.linears.keys() == expected.linears.keys()
     for name, linear in expected.linears.items():
         np.testing.assert_allclose(

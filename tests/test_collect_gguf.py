@@ -18,7 +18,7 @@ from mone_edge.collect import torch_model
 from mone_edge.collect.gguf import GgufTokenizer, collect
 from mone_edge.plan import make_plan
 from mone_edge.source import resolve
-from mone_edge.stats import ARRAYS, ExpertStats
+from mone_edge.stats import ARRAYS, SAMPLED, ExpertStats
 from tests import tiny
 from tests.conftest import Calibrated
 from tests.test_gguf_file import write
@@ -63,7 +63,7 @@ def test_statistics_are_torchs(
         theirs = model.stats.layers[index]
         assert (layer.tokens, layer.top_k) == (theirs.tokens, theirs.top_k)
         assert np.array_equal(layer.count, theirs.count)
-        for name in ARRAYS:
+        for name in set(ARRAYS) - set(SAMPLED):  # llama.cpp runs routed experts only
             limit = RELATIVE if name != "pair_error" else 0.05  # merged over other batches
             assert_close(getattr(layer, name), getattr(theirs, name), f"{index}.{name}", limit)
 
@@ -96,7 +96,7 @@ def test_a_sequence_longer_than_a_batch(
     ours = collect(floats("olmoe"), batches(tokens), threads=1)
     theirs = torch_model.collect(model.source.path, batches(tokens))
     for index, layer in ours.layers.items():
-        for name in set(ARRAYS) - {"pair_error"}:
+        for name in set(ARRAYS) - {"pair_error", *SAMPLED}:
             assert_close(getattr(layer, name), getattr(theirs.layers[index], name), name)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from mone_edge import cli
+from mone_edge import calibration, cli
 from mone_edge.calibration import Batches
 from mone_edge.collect import distributed, torch_model
 from mone_edge.collect.distributed import Group
@@ -19,7 +19,7 @@ from mone_edge.collect.work import Work, work_path
 from mone_edge.errors import MoneEdgeError
 from mone_edge.plan import make_plan
 from mone_edge.source import Source, resolve
-from mone_edge.stats import ARRAYS, ExpertStats
+from mone_edge.stats import ARRAYS, SAMPLED, ExpertStats, merge_all
 from tests.tiny import TEXT, make_checkpoint
 
 Break = Callable[[int], None]
@@ -82,7 +82,7 @@ def _rank(
 
 @pytest.mark.parametrize("sequential", [False, True])
 def test_two_processes_make_the_plan_of_one(
-    arguments: list[str], sequential: bool, tmp_path: Path
+    model: Source, arguments: list[str], sequential: bool, tmp_path: Path
 ) -> None:
     one, two, log = (tmp_path / name for name in ("one", "two", "log"))
     extra = ["--sequential"] if sequential else []
@@ -91,17 +91,30 @@ def test_two_processes_make_the_plan_of_one(
     expected, got = ExpertStats.load(one), ExpertStats.load(two)
     assert got.provenance == expected.provenance
     for index, layer in expected.layers.items():
-        for name in ARRAYS:
+        for name in set(ARRAYS) - set(SAMPLED):
             want, have = getattr(layer, name), getattr(got.layers[index], name)
             rtol = 1e-12 if name != "pair_error" else 0.05  # merged in other groups
             atol = rtol * np.abs(want).max()
             np.testing.assert_allclose(have, want, rtol=rtol, atol=atol, err_msg=name)
+    assert_samples_are_those_of_the_shares(model, got, tmp_path / "text.txt")
     for scope in ("layer", "model"):
         assert make_plan(got, scope=scope) == make_plan(expected, scope=scope)
     assert got.linears.keys() == expected.linears.keys()
     talk = [log.with_suffix(f".{rank}").read_text() for rank in (0, 1)]
     assert talk[1] == "" and talk[0].startswith(f"{two}: 2 MoE layers, ")
     assert not list(tmp_path.glob("*.work*"))
+
+
+def assert_samples_are_those_of_the_shares(model: Source, got: ExpertStats, text: Path) -> None:
+    """Each process takes a sample of its own; what they find is added up, to the last bit."""
+    tokenizer = calibration.load_tokenizer(model.path)
+    batches = calibration.load([str(text)], tokenizer, samples=13, seq_len=32, seed=42)
+    shares = [Group(rank, 2).share(batches, 64) for rank in (0, 1)]
+    alone = merge_all(torch_model.collect(model.path, part, batch_tokens=64) for part in shares)
+    for index, layer in alone.layers.items():
+        assert got.layers[index].sampled == layer.sampled == 13 * 32
+        for name in SAMPLED:
+            assert np.array_equal(getattr(got.layers[index], name), getattr(layer, name))
 
 
 def test_a_lost_process_ends_the_run_with_one_line(arguments: list[str], tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from mone_edge import joint
 from mone_edge.criteria import CRITERIA, error_matrix
 from mone_edge.errors import MoneEdgeError, UsageError
 from mone_edge.plan import PrunePlan, make_plan, parse_layers
+from mone_edge.recipe import MERGING
 from mone_edge.selection import Choice, LayerChoice
 from mone_edge.stats import ExpertStats
 from tests.test_stats import make_stats
@@ -194,6 +195,78 @@ def test_uneven_drop_is_refused() -> None:
         make_plan(make_stats(), replacement="drop", protect=(0,))
 
 
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("method", MERGING)
+def test_groups_divide_the_experts(method: str, ratio: float) -> None:
+    stats = make_stats(layers=3, experts=8, seed=2)
+    plan = make_plan(stats, prune_ratio=ratio, method=method)
+    assert plan == make_plan(stats, prune_ratio=ratio, method=method)
+    assert (plan.replacement, plan.scope, plan.cuts) == ("merge", "layer", True)
+    for index, layer in stats.layers.items():
+        groups, weights = plan.groups[index], plan.merge_weights[index]
+        assert len(groups) == 8 - math.floor(8 * ratio + 0.5)
+        assert plan.kept[index] == tuple(ids[0] for ids in groups)
+        assert sorted(i for ids in groups for i in ids) == list(range(8))
+        for ids, shares in zip(groups, weights, strict=True):
+            counts = layer.count[list(ids)]
+            assert counts[0] == counts.max()
+            wanted = np.ones(len(ids)) if method == "dek" else counts
+            np.testing.assert_allclose(shares, wanted / wanted.sum(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("method", MERGING)
+def test_super_experts_are_merged_with_none(method: str) -> None:
+    stats = make_stats(layers=2, experts=8)
+    assert stats.layers[1].output_max is not None
+    stats.layers[1].output_max[3] = 1e6
+    plan = make_plan(stats, prune_ratio=0.5, method=method, protect_super=True)
+    assert (3,) in plan.groups[1]
+    assert [len(groups) for groups in plan.groups.values()] == [4, 4]
+
+
+def test_groups_of_an_expert_that_no_token_reached_weigh_alike() -> None:
+    stats = make_stats(layers=1, experts=4)
+    stats.layers[0].count[:] = 0
+    plan = make_plan(stats, prune_ratio=0.5, method="hc-smoe")
+    assert all(len(set(shares)) == 1 for shares in plan.merge_weights[0])
+
+
+def test_merging_plan_round_trip(tmp_path: Path) -> None:
+    plan = make_plan(make_stats(layers=3), method="hc-smoe")
+    plan.save(tmp_path / "plan.json")
+    assert PrunePlan.load(tmp_path / "plan.json") == plan
+    assert json.loads((tmp_path / "plan.json").read_text())["version"] == 2
+
+
+def test_plans_without_groups_are_those_of_version_1(tmp_path: Path) -> None:
+    make_plan(make_stats()).save(tmp_path / "plan.json")
+    document = json.loads((tmp_path / "plan.json").read_text())
+    assert document["version"] == 1 and "groups" not in document and "merge_weights" not in document
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("groups", {}),
+        ("groups", {"0": [[0, 1]], "1": [[0, 1]]}),
+        ("groups", {"0": "many", "1": 8}),
+        ("groups", {"0": [[]], "1": [[]]}),
+        ("groups", {"0": [[1.0, 2]], "1": [[1, 2]]}),
+        ("merge_weights", {"0": [[0.5, 0.6]], "1": [[1]]}),
+        ("merge_weights", {"0": [["a"]], "1": [[1]]}),
+        ("kept", {"0": [0, 1, 2, 3, 4, 5], "1": [0, 1, 2, 3, 4, 5]}),
+        ("method", "mone"),
+        ("replacement", "drop"),
+        ("version", 3),
+    ],
+)
+def test_damaged_groups_get_one_line(tmp_path: Path, field: str, value: object) -> None:
+    path = tmp_path / "plan.json"
+    make_plan(make_stats(seed=1), method="dek").save(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    refused(path)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -251,7 +324,7 @@ def test_missing_and_foreign_files_get_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("version", 2),
+        ("version", 3),
         ("kept", {"0": [0, 1]}),
         ("kept", {"0": [8], "1": [0]}),
         ("kept", {"0": [1, 0], "1": [0]}),

@@ -3,17 +3,21 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from mone_edge import cli
-from mone_edge.errors import MoneEdgeError
+from mone_edge.errors import MoneEdgeError, UsageError
+from mone_edge.plan import make_plan
+from mone_edge.recipe import MERGING
 from mone_edge.stats import (
     ARRAYS,
     FORMAT,
     OPTIONAL,
+    SAMPLED,
     ExpertStats,
     LayerStats,
     LinearStats,
@@ -75,7 +79,22 @@ def layer_from_outputs(
         output_max=np.array([np.abs(f).max(initial=0) for _, f in picked]),
         pair_gate=dense[:, :, 0].T @ dense[:, :, 0],
         pair_error=np.einsum("tid,tjd->ij", residuals, residuals),
+        **sampled(experts, outputs.shape[-1], len(ids)),
     )
+
+
+def sampled(experts: int, width: int, seed: int) -> dict[str, Any]:
+    """What all experts and the router make of 12 tokens that were not among those routed."""
+    rng = np.random.default_rng(seed)
+    outputs, logits = rng.normal(size=(experts, 12, width)), rng.normal(size=(12, experts))
+    centred = outputs - outputs.mean(1, keepdims=True)
+    cross = np.einsum("itd,jte->ijde", centred, centred)
+    return {
+        "sampled": 12,
+        "sample_sum": outputs.sum(1),
+        "sample_kernel": np.square(cross).sum((2, 3)) / 12,
+        "sample_logits": logits.T @ logits,
+    }
 
 
 def make_stats(
@@ -113,7 +132,11 @@ def test_merged_parts_equal_the_whole(cuts: tuple[int, ...]) -> None:
     merged = parts[0]
     for part in parts[1:]:
         merged = merged.merge(part)
-    assert_layers_close(merged, whole, 1e-12, but=("pair_error",))
+    assert_layers_close(merged, whole, 1e-12, but=("pair_error", *SAMPLED))
+    assert merged.sampled == 12 * len(parts)
+    for name in SAMPLED:  # of parts, which are sampled each
+        total = sum(getattr(part, name) for part in parts)
+        np.testing.assert_allclose(getattr(merged, name), total, rtol=1e-12)
 
 
 def test_pair_errors_merge_to_first_order() -> None:
@@ -132,20 +155,28 @@ def test_pair_errors_merge_to_first_order() -> None:
     assert error < 0.02 < 3 * error < without
 
 
-def test_files_of_version_1_are_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("version", "lacking"), [(1, OPTIONAL), (2, SAMPLED)])
+def test_files_of_older_versions_are_read(
+    version: int, lacking: tuple[str, ...], tmp_path: Path
+) -> None:
     path = tmp_path / "s.safetensors"
     stats = make_stats()
     stats.save(path)
-    kept = {k: v for k, v in load_file(path).items() if k.rpartition(".")[2] not in OPTIONAL}
-    document = {"version": 1, "provenance": dataclasses.asdict(stats.provenance)}
+    kept = {k: v for k, v in load_file(path).items() if k.rpartition(".")[2] not in lacking}
+    kept |= {k: v[:2] for k, v in kept.items() if k.endswith(".scalars")}
+    document = {"version": version, "provenance": dataclasses.asdict(stats.provenance)}
     save_file(kept, path, {FORMAT: json.dumps(document)})
     old = ExpertStats.load(path)
-    assert old.layers[0].pair_gate is None
-    assert_layers_close(old.layers[0], stats.layers[0], 0, but=OPTIONAL)
+    assert old.layers[0].sampled == 0
+    assert_layers_close(old.layers[0], stats.layers[0], 0, but=lacking)
     merged = old.merge(stats)
-    assert merged.layers[0].output_max is None and merged.layers[0].pair_error is None
     merged.save(path)
-    assert ExpertStats.load(path).layers[0].pair_gate is None
+    again = ExpertStats.load(path).layers[0]
+    for layer in (old.layers[0], merged.layers[0], again):
+        assert {name for name in OPTIONAL if getattr(layer, name) is None} == set(lacking)
+    for method in MERGING:
+        with pytest.raises(UsageError, match="an older mone-edge .* measure the checkpoint again"):
+            make_plan(merged, method=method)
 
 
 def test_merging_keeps_digits_far_from_zero() -> None:
@@ -270,6 +301,8 @@ def test_damaged_files_get_one_line(tmp_path: Path) -> None:
         ("layer.0.count", np.zeros(3, dtype=np.int64)),
         ("layer.0.output_mean", np.zeros((8, 7))),
         ("layer.0.pair_error", np.zeros((8, 6))),
+        ("layer.0.sample_kernel", np.zeros((8, 6))),
+        ("layer.0.sample_sum", np.zeros((8, 7))),
         ("layer.0.gate_sum", np.full(8, np.nan)),
         ("layer.0.scalars", np.zeros(0, dtype=np.int64)),
         ("layer.x.scalars", np.zeros(2, dtype=np.int64)),

@@ -6,24 +6,30 @@ its own mean, and merged into float64 sums by Chan's formula, so that long runs 
 Knows nothing about models.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from mone_edge.collect.sampling import Sample
 from mone_edge.stats import Float, LayerStats, LinearStats
 
 PAIR_TOKENS = 256  # whose residuals are in the cache at once
 
 
 class LayerAccumulator:
-    """The sums behind one LayerStats."""
+    """The sums behind one LayerStats, and a sample of what its experts read, if it is wanted."""
 
-    def __init__(self, num_experts: int) -> None:
+    def __init__(self, num_experts: int, sample: Sample | None = None) -> None:
         self.num_experts = num_experts
+        self.sample = sample
         self.total: LayerStats | None = None
 
-    def add(self, batch: "BatchSums") -> None:
-        """Merge a finished batch into the total."""
+    def add(self, batch: "BatchSums", hidden: Tensor) -> None:
+        """Merge a finished batch, of inputs [T, H], into the total."""
+        if self.sample is not None:
+            self.sample.take(hidden, self.total.tokens if self.total else 0)
         stats = batch.finish()
         self.total = stats if self.total is None else self.total.merge(stats)
 
@@ -107,7 +113,7 @@ class BatchSums:
         )
         gates = _float64(self.gates)
         gate_sq_sum = np.square(gates).sum(0)
-        columns = {name: _float64(values) for name, values in self.columns.items()}
+        columns: dict[str, Any] = {name: _float64(v) for name, v in self.columns.items()}
         columns["gate_sq_mean"][gate_sq_sum == 0] = 0
         return LayerStats(
             tokens=self.tokens,

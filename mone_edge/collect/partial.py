@@ -7,9 +7,15 @@ bit. Knows nothing about models.
 import time
 from pathlib import Path
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 from mone_edge.collect.accumulate import LayerAccumulator, LinearAccumulator
 from mone_edge.collect.work import WorkFolder
+from mone_edge.documents import reason
 from mone_edge.errors import MoneEdgeError
+from mone_edge.paths import atomic_write
 from mone_edge.stats import ExpertStats, Provenance
 
 SAVE_SECONDS = 120.0  # at least, between two saves
@@ -40,6 +46,9 @@ class PartialSums:
             raise MoneEdgeError(f"{self.folder.path} holds the sums of other layers; remove it")
         for index, layer in saved.layers.items():
             layers[index].total = layer
+        for index, inputs in self._read_samples(rows).items():
+            if sample := layers[index].sample:
+                sample.parts = [inputs]
         for name, linear in saved.linears.items():
             linears[name].total = linear
         return rows
@@ -55,11 +64,35 @@ class PartialSums:
             {i: s.total for i, s in layers.items() if s.total is not None},
             {n: s.total for n, s in linears.items() if s.total is not None},
         ).save(self._file(rows))
+        self._write_samples(rows, layers)
         self.folder.save(rows=rows)
         if before:
             self._file(before).unlink(missing_ok=True)
+            self._file(before, "samples").unlink(missing_ok=True)
         now = time.monotonic()
         self._due = now + max(SAVE_SECONDS, (now - started) / SAVE_SHARE)
 
-    def _file(self, rows: int) -> Path:
-        return self.folder.path / f"sums.{rows}.safetensors"
+    def _write_samples(self, rows: int, layers: LayerSums) -> None:
+        kept = {str(i): s.sample.inputs for i, s in layers.items() if s.sample and s.sample.parts}
+        with atomic_write(self._file(rows, "samples")) as temporary:
+            try:
+                save_file(kept, temporary)
+            except SafetensorError as error:  # what it makes of a full disk
+                raise OSError(str(error)) from error
+
+    def _read_samples(self, rows: int) -> dict[int, Tensor]:
+        """Inputs of sampled tokens, by layer.
+
+        Raises:
+            MoneEdgeError: the file is damaged.
+        """
+        path = self._file(rows, "samples")
+        try:
+            return {int(index): inputs for index, inputs in load_file(path).items()}
+        except (SafetensorError, OSError, ValueError) as error:
+            raise MoneEdgeError(
+                f"{path} is damaged ({reason(error)}); remove {path.parent} to start again"
+            ) from error
+
+    def _file(self, rows: int, kind: str = "sums") -> Path:
+        return self.folder.path / f"{kind}.{rows}.safetensors"

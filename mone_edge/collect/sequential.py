@@ -27,6 +27,7 @@ from mone_edge.collect.torch_model import (
     observe_experts,
     observe_linears,
     provenance,
+    sampled,
 )
 from mone_edge.collect.work import Work, WorkFolder, open_work, run_key
 from mone_edge.source import Checkpoint
@@ -64,7 +65,9 @@ def collect_sequential(
         calls = LayerCalls(streamed, calibration, batch_tokens)
         run = _Run(streamed, calibration, calls, folder, on_progress or (lambda d, t: None))
         with ExitStack() as stack:
-            run.layer_sums |= stack.enter_context(observe_experts(streamed.model))
+            run.layer_sums |= stack.enter_context(
+                observe_experts(streamed.model, sampled(calibration))
+            )
             run.linear_sums |= stack.enter_context(observe_linears(streamed.model, record=True))
             stack.enter_context(torch.inference_mode())
             run.all_layers()

@@ -7,6 +7,7 @@ hubs, criteria or plans, and keeps no hidden states (`sequential` does).
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from mone_edge import __version__
 from mone_edge.calibration import Batches
+from mone_edge.collect import sampling
 from mone_edge.collect.accumulate import BatchSums, LayerAccumulator, LinearAccumulator
 from mone_edge.collect.experts import (
     experts_implementation,
@@ -105,7 +107,7 @@ def collect_loaded(
         if work is not None:
             key = run_key(made, "in memory", batch_tokens)
             partial = PartialSums(stack.enter_context(open_work(work, key)))
-        layer_sums = stack.enter_context(observe_experts(loaded))
+        layer_sums = stack.enter_context(observe_experts(loaded, sampled(calibration)))
         linear_sums = stack.enter_context(observe_linears(loaded, record=linears))
         stack.enter_context(torch.inference_mode())
         first = partial.restore(layer_sums, linear_sums) if partial else 0
@@ -123,11 +125,27 @@ def collect_loaded(
     return ExpertStats(made, layers, by_key(loaded, linear_sums))
 
 
+def sampled(calibration: Batches) -> sampling.Positions:
+    """Which tokens all experts of a layer run on."""
+    return sampling.positions(calibration.tokens.size, calibration.seed)
+
+
 @contextmanager
-def observe_experts(model: Any) -> Iterator[dict[int, LayerAccumulator]]:
-    """While open, every forward pass of `model` adds to the yielded sums, by block index."""
+def observe_experts(
+    model: Any, sample: sampling.Positions | None = None
+) -> Iterator[dict[int, LayerAccumulator]]:
+    """While open, every forward pass of `model` adds to the yielded sums, by block index.
+
+    Args:
+        sample: numbers of the tokens, in the order of all passes, whose inputs are kept.
+    """
     modules = experts_modules(model)
-    sums = {index: LayerAccumulator(num_experts(module)) for index, (_, module) in modules.items()}
+    sums = {
+        index: LayerAccumulator(
+            num_experts(module), None if sample is None else sampling.Sample(sample)
+        )
+        for index, (_, module) in modules.items()
+    }
     with experts_implementation(model, IMPLEMENTATION):
         try:
             for index, (_, module) in modules.items():
@@ -149,7 +167,7 @@ def _collecting_experts(module: Any, hidden: Tensor, index: Tensor, weights: Ten
         inner, output = run_expert(module, expert, inputs)
         batch.add_expert(expert, token, slot, gate, inner, output)
         result.index_add_(0, token, (output * gate[:, None]).to(result.dtype))
-    accumulator.add(batch)
+    accumulator.add(batch, hidden)
     return result
 
 
@@ -198,7 +216,10 @@ def _last_position(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def checked(model: Any, index: int, sums: LayerAccumulator, tokens: int) -> LayerStats:
-    """The layer's statistics, if it saw every token `top_k` times and stayed finite."""
+    """The layer's statistics, if it saw every token `top_k` times and stayed finite.
+
+    Its weights must be in memory: all experts run on the sampled tokens now.
+    """
     stats = sums.total
     kind = model_type(model)
     if stats is None or stats.tokens != tokens or stats.count.sum() != tokens * stats.top_k:
@@ -213,7 +234,11 @@ def checked(model: Any, index: int, sums: LayerAccumulator, tokens: int) -> Laye
             f"block {index}: the outputs of {len(bad)} experts (first: {bad[0]}) are not finite; "
             "the weights are damaged, or overflow in this precision (try --dtype float32)"
         )
-    return stats
+    if sums.sample is None:
+        return stats
+    with torch.inference_mode():
+        found = sampling.sums(model, experts_modules(model)[index][0], sums.sample.inputs)
+    return replace(stats, **found)
 
 
 def by_key(model: Any, sums: dict[str, LinearAccumulator]) -> dict[str, LinearStats]:

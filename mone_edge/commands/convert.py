@@ -157,6 +157,7 @@ def _recipe(
         "outtype"
     ):
         fields["outtype"] = tuple(saved.get("outtype") or (KEEP,))
+    fields["replacement"] = fields["replacement"] or recipes.default_replacement(fields["method"])
     protect = value("protect", saved)
     if isinstance(protect, str):
         protect = parse_layers(protect, range(source.num_layers))

@@ -45,8 +45,7 @@ def plan_options(command: Command) -> Command:
         click.option("--scope", type=click.Choice(SCOPES), default="layer", show_default=True),
         click.option(
             "--replacement",
-            default="mean",
-            show_default=True,
+            show_default="mean, or merge of methods that group experts",
             callback=_known_replacement,
             metavar="|".join(REPLACEMENTS),
             help="What stands in for a removed expert; rank: fitted, R components.",
@@ -65,8 +64,10 @@ def _apply(options: list[Command], command: Command) -> Command:
     return command
 
 
-def _known_replacement(_ctx: click.Context, _param: click.Parameter, value: str) -> str:
-    if not is_replacement(value):
+def _known_replacement(
+    _ctx: click.Context, _param: click.Parameter, value: str | None
+) -> str | None:
+    if value is not None and not is_replacement(value):
         raise click.BadParameter(
             f"no replacement {value}; there are {', '.join(REPLACEMENTS)} (R as in rank-16)"
         )

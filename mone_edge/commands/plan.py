@@ -14,7 +14,9 @@ from mone_edge.console import Console, common_options, force_option, table
     "-o", "--outfile", type=click.Path(path_type=Path), default=Path("plan.json"), show_default=True
 )
 @plan_options
-@click.option("--seed", type=click.IntRange(0), default=42, show_default=True, help="Of random.")
+@click.option(
+    "--seed", type=click.IntRange(0), default=42, show_default=True, help="Of random and dek."
+)
 @force_option
 @common_options
 def command(
@@ -24,7 +26,7 @@ def command(
     prune_ratio: float,
     method: str,
     scope: str,
-    replacement: str,
+    replacement: str | None,
     protect: str,
     protect_super: bool,
     seed: int,
@@ -61,6 +63,7 @@ def command(
         "experts_kept": kept,
     }
     rows = [(layer, f"{len(ids)}/{plan.num_experts[layer]}") for layer, ids in plan.kept.items()]
-    console.result(document, f"{outfile}: {plan.removed_fraction:.1%} of the experts go")
+    done = "are merged into others" if plan.groups else "go"
+    console.result(document, f"{outfile}: {plan.removed_fraction:.1%} of the experts {done}")
     if console.verbose and not console.as_json:
         console.info(table(("layer", "kept"), rows))

@@ -45,8 +45,8 @@ def command(
     """Write MODEL without the experts that a plan removes; those it keeps stay bit for bit.
 
     A checkpoint becomes a smaller checkpoint folder, which transformers loads after
-    `import mone_edge.checkpoint` (plans with --replacement drop need not even that). A GGUF becomes
-    a smaller GGUF.
+    `import mone_edge.checkpoint` (plans with --replacement drop or merge need not even that). A
+    GGUF becomes a smaller GGUF.
 
     \b
     mone-edge prune ./OLMoE-1B-7B --plan plan.json -o OLMoE-pruned
@@ -77,7 +77,7 @@ def _prune_checkpoint(
     from mone_edge import checkpoint, pipeline
 
     checkpoint.require_target(source, outfile, force=force)
-    measured = None if plan.replacement == "drop" else pipeline.stats_of_plan(plan, stats)
+    measured = None if plan.cuts else pipeline.stats_of_plan(plan, stats)
     with console.progress("writing", "B") as progress:
         made = checkpoint.prune_checkpoint(
             source, plan, measured, outfile, fitted=fitted, force=force, progress=progress
