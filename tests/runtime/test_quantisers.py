@@ -2,8 +2,6 @@
 
 import ctypes
 import platform
-import subprocess
-import tarfile
 
 import numpy as np
 import pytest
@@ -11,11 +9,9 @@ from numpy.typing import NDArray
 
 from mone_edge import runtime
 from mone_edge.quantize import quantize_rows
-from mone_edge.runtime.fetch import fetch_sdist
-from mone_edge.runtime.upstream import read_upstream
+from tests.runtime.pristine import compile_quantisers, quantise
 
 COLUMNS, ROWS = 4096, 24
-QUANTISERS = "ggml/src/ggml-quants.c"
 KINDS = ("normal", "bfloat16", "skewed", "sparse", "flat", "zero", "positive", "negative")
 IMPORTANCES = ("none", "random", "half zero")
 
@@ -29,21 +25,7 @@ pytestmark = pytest.mark.skipif(
 def pristine(
     tmp_path_factory: pytest.TempPathFactory, built_runtime: runtime.RuntimeInfo
 ) -> ctypes.CDLL:
-    """llama.cpp's quantisers without any patch."""
-    folder, upstream = tmp_path_factory.mktemp("quants"), read_upstream()
-    with tarfile.open(fetch_sdist(upstream, offline=False)) as tar:
-        top = tar.getnames()[0].partition("/")[0]
-        code = tar.extractfile(f"{top}/{upstream.tree}/{QUANTISERS}")
-        assert code
-        (folder / "quants.c").write_bytes(code.read())
-    tree, lib = runtime.source_tree() / "ggml", built_runtime.root / "lib"
-    subprocess.run(
-        ["cc", "-O1", "-DNDEBUG", "-w", "-fPIC", "-shared", "-Wl,-Bsymbolic", "-o",
-         str(folder / "quants.so"), str(folder / "quants.c"), f"-I{tree / 'src'}",
-         f"-I{tree / 'include'}", f"-L{lib}", "-lggml-base", f"-Wl,-rpath,{lib}"],
-        check=True,
-    )  # fmt: skip
-    return ctypes.CDLL(str(folder / "quants.so"))
+    return compile_quantisers(tmp_path_factory.mktemp("quants"), built_runtime.root / "lib")
 
 
 def weights(kind: str, rng: np.random.Generator) -> NDArray[np.float32]:
@@ -72,18 +54,9 @@ def importance(kind: str, rng: np.random.Generator) -> NDArray[np.float32] | Non
 
 @pytest.mark.parametrize("dtype", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
 def test_the_bytes_are_those_of_unpatched_llama_cpp(pristine: ctypes.CDLL, dtype: str) -> None:
-    quantise = getattr(pristine, f"quantize_{dtype.replace('Q', 'q', 1)}")
-    quantise.restype = ctypes.c_size_t
     rng = np.random.default_rng(0)
     for kind in KINDS:
         for how in IMPORTANCES:
-            x, column = weights(kind, rng), importance(how, rng)
-            ours = quantize_rows(x, dtype, column, 1)
-            theirs = np.empty_like(ours)
-            pointer = None if column is None else column.ctypes.data_as(ctypes.c_void_p)
-            size = quantise(
-                x.ctypes.data_as(ctypes.c_void_p), theirs.ctypes.data_as(ctypes.c_void_p),
-                ctypes.c_int64(ROWS), ctypes.c_int64(COLUMNS), pointer,
-            )  # fmt: skip
-            assert size == ours.nbytes
-            assert np.array_equal(ours, theirs), (dtype, kind, how)
+            x, columns = weights(kind, rng), importance(how, rng)
+            ours = quantize_rows(x, dtype, columns, 1)
+            assert np.array_equal(ours, quantise(pristine, x, dtype, columns)), (dtype, kind, how)
