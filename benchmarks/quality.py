@@ -38,13 +38,13 @@ from mone_edge.evaluate import TorchModel
 from mone_edge.low_rank import LowRankNovices
 from mone_edge.paths import atomic_write
 from mone_edge.plan import PrunePlan, make_plan
-from mone_edge.recipe import low_rank
+from mone_edge.recipe import MERGING, low_rank
 from mone_edge.regression import Moments
 from mone_edge.scoring import chunk_ids, kl_divergence, log_softmax
 from mone_edge.source import Checkpoint, resolve
 from mone_edge.stats import ExpertStats
 
-METHODS = ("mone", "routing-score", "reap", "replacement-error", "joint", "random")
+METHODS = ("mone", "routing-score", "reap", "replacement-error", "joint", "random", *MERGING)
 REPLACEMENTS = ("drop", "zero", "mean", "gate2-mean", "rank-4", "rank-16")
 MEASURES = {"log_ppl": "Increase of the log-perplexity", "kld": "KL divergence"}
 
@@ -170,7 +170,7 @@ class Run:
             )
             fitted = self.fitted(plan, variant) if low_rank(variant.replacement) else None
             network = self.network
-            if variant.replacement == "drop":  # cuts the model, which the others need whole
+            if plan.cuts:  # the model, which the others need whole
                 network = copy.deepcopy(network)
             novices.apply(network, plan, stats, fitted)
             row = asdict(variant) | {"stored": stored(self.network, plan, fitted)}
@@ -212,7 +212,7 @@ def run(arguments: argparse.Namespace) -> None:
     for seed in arguments.seed:
         for ratio in arguments.ratio:
             for method in arguments.method:
-                for replacement in arguments.replacement:
+                for replacement in ("merge",) if method in MERGING else arguments.replacement:
                     variant = Variant(method, ratio, replacement, seed)
                     share = measured.measure(variant)
                     if arguments.equal_bytes and low_rank(replacement) and share < 1:

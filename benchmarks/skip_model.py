@@ -15,7 +15,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from mone_edge.quantize import quantize_rows
+from mone_edge.quantize import NOVICE_BLOCK, quantize_rows
 
 LOGIT_STD = 2.0
 DRAWS = 20_000
@@ -65,7 +65,7 @@ def write(
 
     Args:
         share: of the slots, that go to novices.
-        rank: of F16 low-rank novices, 0: constants alone.
+        rank: of low-rank novices, 0: constants alone.
     """
     writer = gguf.GGUFWriter(path, "olmoe")
     sizes = {
@@ -111,7 +111,8 @@ def write(
         if pruned and rank:
             novices = shape.experts - kept
             for part, sides in (("down", (rank, shape.width)), ("up", (shape.width, rank))):
-                put(writer, f"{block}.ffn_novice_{part}.weight", (novices, *sides), "F16")
+                kind = "F16" if sides[-1] % NOVICE_BLOCK else "Q8_0"  # as `convert` has them
+                put(writer, f"{block}.ffn_novice_{part}.weight", (novices, *sides), kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
