@@ -370,7 +370,9 @@ NOTE_OF_ALL = """\
 What transformers does not write when it saves a model, but checkpoints on the hub have, is put
 back: keys of config.json (`scoring_func`, ...), names and orientation of weights. Attention that
 selects keys selects more than there are here. longcat_flash, not in llama.cpp, is refused: its
-router also selects experts that copy their input."""
+router also selects experts that copy their input. What is said below of hy_v4, laguna,
+mimo_v2_flash, minimax_m3_vl, phimoe and qwen4_exp is tested: `tests/test_architecture_causes.py`
+has torch compute as llama.cpp does, and compares again."""
 
 
 def _cell_text(cell: Mapping[str, Any], reasons: list[str]) -> str:

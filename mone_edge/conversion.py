@@ -33,6 +33,7 @@ BLOCK_VALUES = 1 << 24  # of a matrix, that are floats at a time: 64 MiB
 # Of a layer that predicts further tokens: by its name, or by its number.
 MTP_KEY = re.compile(r"(?:^|\.)(?:mtp|mtp_layers)\.|(?:^|\.)layers\.(\d+)\.")
 ADVICE_BYTES = 1 << 21  # more at once than the kernel reads ahead by itself is cut off
+LAYER_TYPES = {"qwen4_exp_text": {"indexed_attention": "full_attention"}}
 UNQUANTISED = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16"}
 
 
@@ -121,6 +122,7 @@ def _converted(
     with (
         quiet(),
         _inference(),
+        _own_names(gguf.TensorNameMap),
         _stacks_in_chunks(gguf, conversion.LazyTorchTensor),
         _configured(conversion.ModelBase, source, plain=plain_config),
         _pruned_experts_filled_in(conversion.ModelBase, source),
@@ -193,6 +195,17 @@ def _inference() -> Iterator[None]:
 
 
 @contextmanager
+def _own_names(name_map: Any) -> Iterator[None]:
+    """Keep the names of tensors that an architecture has for itself from the models after it."""
+    before = name_map.block_mappings_cfg
+    name_map.block_mappings_cfg = dict(before)  # the package adds to it, for the whole process
+    try:
+        yield
+    finally:
+        name_map.block_mappings_cfg = before
+
+
+@contextmanager
 def _without_missing_mtp(model_class: Any, source: Checkpoint) -> Iterator[None]:
     """Do not promise layers that predict further tokens where the checkpoint has none.
 
@@ -250,7 +263,7 @@ def _stacks_in_chunks(gguf: ModuleType, lazy_torch: Any) -> Iterator[None]:
 @contextmanager
 def _configured(base: Any, source: Checkpoint, *, plain: bool) -> Iterator[None]:
     """Have the package read config.json as it is, if `plain`; as its model's own, if a pruner
-    has given it another name."""
+    has given it another name; with layer types that it knows."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
 
     load = base.__dict__["load_hparams"]
@@ -259,12 +272,29 @@ def _configured(base: Any, source: Checkpoint, *, plain: bool) -> Iterator[None]
     if original != source.architecture and original in NAMES:
         config |= {"model_type": original, "architectures": [NAMES[original]]}
         plain = True
-    if plain:
-        base.load_hparams = staticmethod(lambda *_, **__: json.loads(json.dumps(config)))
+
+    def load_hparams(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        read = json.loads(json.dumps(config)) if plain else load.__func__(*args, **kwargs)
+        return _as_package_knows(read)
+
+    base.load_hparams = staticmethod(load_hparams)
     try:
         yield
     finally:
         base.load_hparams = load
+
+
+def _as_package_knows(config: dict[str, Any]) -> dict[str, Any]:
+    """A config whose layer types have the names that checkpoints on the hub and the package use.
+
+    transformers renames some as it reads config.json, and writes the new names when it saves. The
+    package takes a layer of a name that it does not know for another kind, without a word.
+    """
+    for part in (config, config.get("text_config") or {}):
+        names = LAYER_TYPES.get(part.get("model_type", ""), {})
+        if names and "layer_types" in part:
+            part["layer_types"] = [names.get(kind, kind) for kind in part["layer_types"]]
+    return config
 
 
 @contextmanager

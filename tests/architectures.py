@@ -178,6 +178,7 @@ ARCHITECTURES: dict[str, Tiny] = {
         ROUTED
         | MLA
         | INDEXER
+        | SLIDING
         | SPARSE_AFTER_DENSE
         | {"head_dim": 32, "shared_experts_intermediate_size": INNER, "pad_token_id": 0}
         | {"layer_types": ["indexed_attention", "indexed_attention", "sliding_attention"]}
@@ -187,6 +188,12 @@ ARCHITECTURES: dict[str, Tiny] = {
         model_type="dots3_note_text",
         hub=SIGMOID
         | {
+            "apply_mla_qkv_lora_rescale": True,
+            "use_dsa": True,
+            "layer_types": ["full_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": None,
+            "rope_theta": 8e7,
+            "swa_rope_theta": 5e4,
             "swa_num_attention_heads": 4,
             "swa_num_key_value_heads": 4,
             "swa_q_lora_rank": 32,
@@ -370,7 +377,6 @@ ARCHITECTURES: dict[str, Tiny] = {
         | SLIDING
         | SPARSE_AFTER_DENSE
         | {"head_dim": 32, "v_head_dim": 16}
-        | {"rope_parameters": {"full_attention": HALF_ROPE, "sliding_attention": HALF_ROPE}}
         | {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
         hub=SIGMOID
         | {
@@ -381,9 +387,9 @@ ARCHITECTURES: dict[str, Tiny] = {
             "swa_num_key_value_heads": 4,
             "hybrid_layer_pattern": [0, 1, 0],
             "moe_layer_freq": [0, 1, 1],
-            "partial_rotary_factor": 0.5,
-            "rope_theta": 10000.0,
-            "swa_rope_theta": 10000.0,
+            "partial_rotary_factor": 0.334,  # as transformers has it, whatever config.json says
+            "rope_theta": 5e6,
+            "swa_rope_theta": 1e4,
             "layernorm_epsilon": 1e-5,
             "rope_parameters": None,
         },
@@ -394,13 +400,14 @@ ARCHITECTURES: dict[str, Tiny] = {
         | HEAD
         | SPARSE_AFTER_DENSE
         | {"dense_intermediate_size": 2 * INNER, "shared_intermediate_size": INNER}
-        | {"rotary_dim": 8, "index_n_heads": 2, "index_head_dim": 16}
+        | {"rope_parameters": HALF_ROPE, "index_n_heads": 2, "index_head_dim": 16}
         | {"layer_types": ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"]},
         vision={"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
         | {"num_attention_heads": 2},
         hub=SIGMOID
         | {
             "n_shared_experts": 1,
+            "rotary_dim": 8,
             "moe_layer_freq": [0, 1, 1],
             "sparse_attention_config": {
                 "sparse_num_index_heads": 2,
@@ -443,8 +450,10 @@ ARCHITECTURES: dict[str, Tiny] = {
         NUM
         | DELTA_NET
         | {"hc_count": 2, "hc_lowrank": 16, "indexer_n_heads": 4, "indexer_kv_heads": 1}
-        | {"indexer_head_dim": 32, "indexer_budget": 32, "indexer_compress_ratio": 4}
-        | {"layer_types": ["linear_attention", "indexed_attention", "linear_attention"]},
+        | {"indexer_head_dim": 32, "indexer_budget": 512, "indexer_compress_ratio": 4}
+        | {"layer_types": ["linear_attention", "indexed_attention", "linear_attention"]}
+        | {"output_gate_type": "sigmoid"}
+        | {"rope_parameters": ROPE | {"partial_rotary_factor": 0.25}},
         model_type="qwen4_exp_text",
     ),
     "solar_open": Tiny(
@@ -475,28 +484,34 @@ ARCHITECTURES: dict[str, Tiny] = {
 }
 
 
-UNEXPLAINED = (
-    "the whole GGUF differs from torch already; whether the tiny config, the conversion or the "
-    "graph is the cause was not found"
-)
-NOTES: dict[str, str] = {  # for the table
+NOTES: dict[str, str] = {  # for the table; causes are tested in test_architecture_causes.py
     "deepseek_v32": "the conversion insists on a class of tokenizer; this one is read as GPT-2's",
     "deepseek_v4": "llama.cpp's conversion takes the published MXFP4 experts only, not the plain "
     "ones that transformers saves",
-    "dots3_note": UNEXPLAINED,
     "gemma4": "scales of experts are part of the gate weight in torch, of the output in llama.cpp; "
     "novices in a GGUF carry them",
     "hunyuan_v1_moe": "the published tokenizer is Python code of the checkpoint; this one is read "
     "as GPT-2's",
-    "hy_v4": UNEXPLAINED,
-    "laguna": "transformers scales after the experts, llama.cpp in the gate weights: sums of gate "
-    "weights differ by that factor, novices and rankings do not",
-    "mimo_v2_flash": UNEXPLAINED,
-    "minimax_m3_vl": UNEXPLAINED,
+    "hy_v4": "llama.cpp (`llama_model_rope_type`) rotates consecutive pairs of queries and keys, "
+    "transformers (`apply_rotary_pos_emb`) the two halves; with pairs in torch too, logits agree. "
+    "Router and experts are the same, but what reaches them is not: measure a plan on the GGUF "
+    "that it is for",
+    "laguna": "transformers scales after the experts (`moe_routed_scaling_factor`, here 1.5), "
+    "llama.cpp in the gate weights: sums of gate weights differ by that factor, of their squares "
+    "by its square, all else agrees; a factor common to all layers changes no novices and no "
+    "rankings",
+    "mimo_v2_flash": "where config.json has `sliding_window_size`, transformers attends to one key "
+    "more than llama.cpp; this one does not have it",
+    "minimax_m3_vl": "as laguna (`routed_scaling_factor`, here 2)",
     "nemotron_h": "torch clamps time steps at `time_step_min`, llama.cpp does not; here it is 1e-9",
-    "phimoe": "transformers routes by its sparse mixer, llama.cpp by softmax: the whole GGUF "
-    "differs already",
-    "qwen4_exp": UNEXPLAINED,
+    "phimoe": "llama.cpp (`phi3.cpp`) has RMS norms with a bias where transformers has layer "
+    "norms, and a softmax over the selected experts where transformers has `sparsemixer`, whose "
+    "gate weights are mostly 1 each; with both in torch too, logits agree. The same logits select "
+    "the same experts, but torch's statistics are of a model that llama.cpp does not run: measure "
+    "a plan on the GGUF that it is for",
+    "qwen4_exp": "beyond `indexer_budget` keys, which are more than here, llama.cpp "
+    "(`build_qsa_top_k`) always selects `indexer_compress_ratio` - 1 more, transformers as many as "
+    "the last, incomplete block has",
 }
 
 
