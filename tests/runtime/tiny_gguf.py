@@ -186,9 +186,13 @@ def write(
     bias_type: type[np.floating] | None = np.float32,
     bias_layers: Sequence[int] = range(N_LAYERS),
     novice_quant: str = "F32",
+    text: bool = False,
 ) -> Path:
-    """Write `model` as GGUF; `kept` writes the key, `bias_type` None leaves the bias out."""
-    writer = start(path, model)
+    """Write `model` as GGUF; `kept` writes the key, `bias_type` None leaves the bias out.
+
+    With `text`, there is a tokenizer: every ASCII character is a token.
+    """
+    writer = start(path, model, text=text)
     if kept is not None:
         writer.add_array(f"{model.arch}.expert_kept_count", [int(n) for n in kept])
     for name, value in model.tensors.items():
@@ -208,14 +212,33 @@ def write(
     return finish(writer, path)
 
 
-def start(path: Path, model: Model) -> gguf.GGUFWriter:
-    """A writer with the hyper-parameters of `model` and no tokenizer."""
+def start(path: Path, model: Model, *, text: bool = False) -> gguf.GGUFWriter:
+    """A writer with the hyper-parameters of `model`, and with a tokenizer if `text`."""
     writer = gguf.GGUFWriter(path, model.arch)
     for key, value in model.keys.items():
         add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
         add(f"{model.arch}.{key}", value)
-    writer.add_string("tokenizer.ggml.model", "none")
+    if text:
+        add_tokenizer(writer)
+    else:
+        writer.add_string("tokenizer.ggml.model", "none")
     return writer
+
+
+def add_tokenizer(writer: gguf.GGUFWriter) -> None:
+    """Bytes 4 to 127, a space, and three control tokens: `N_VOCAB` in all."""
+    kinds = gguf.TokenType
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(
+        ["<unk>", "<s>", "</s>", "\u2581", *(f"<0x{byte:02X}>" for byte in range(4, N_VOCAB))]
+    )
+    writer.add_token_scores([0.0] * N_VOCAB)
+    writer.add_token_types(
+        [kinds.UNKNOWN, kinds.CONTROL, kinds.CONTROL, kinds.NORMAL] + [kinds.BYTE] * (N_VOCAB - 4)
+    )
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_chat_template("{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}")
 
 
 def finish(writer: gguf.GGUFWriter, path: Path) -> Path:
