@@ -8,7 +8,7 @@ bias. Routing, order of addition and kernels are then the same, and only the ski
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -122,13 +122,19 @@ def grovemoe(chunk_size: int = 2, n_chunk_ff: int = 32) -> Model:
     return Model("grovemoe", keys, tensors, model.bias)
 
 
-def zeroed(model: Model, kept: Sequence[int]) -> Model:
-    """All experts stored, the down projections of those from `kept[layer]` on all zero."""
+def zeroed(
+    model: Model, kept: Sequence[int], orders: Mapping[int, Sequence[int]] | None = None
+) -> Model:
+    """All experts stored, the down projections of those from `kept[layer]` on all zero.
+
+    With `orders`, as in `stored_in_order`, those that come from `kept[layer]` on in that order.
+    """
     tensors = dict(model.tensors)
     for layer, n_kept in enumerate(kept):
+        order = (orders or {}).get(layer, range(N_EXPERTS))
         name = f"blk.{layer}.ffn_down_exps.weight"
         tensors[name] = tensors[name].copy()
-        tensors[name][n_kept:] = 0
+        tensors[name][list(order[n_kept:])] = 0
     return replace(model, tensors=tensors)
 
 
@@ -144,7 +150,7 @@ def pruned(model: Model, kept: Sequence[int]) -> Model:
     return replace(model, tensors=tensors)
 
 
-def stored_in_order(model: Model, orders: dict[int, Sequence[int]]) -> Model:
+def stored_in_order(model: Model, orders: Mapping[int, Sequence[int]]) -> Model:
     """The same model with the experts of some layers stored in another order, the router as it was.
 
     Args:
