@@ -1,4 +1,4 @@
-// Loads mutated GGUFs over and over, and decodes with those that load.
+// Loads mutated GGUFs over and over, and decodes with those that load, by the one graph or the other.
 //
 //   fuzz_load SECONDS SEED THREADS WORK_FILE GGUF...
 //
@@ -142,6 +142,7 @@ int main(int argc, char ** argv) {
             n_run++;
             if (model) {
                 n_loaded++;
+                setenv("LLAMA_MOE_SKIP_DISABLE", below(2) ? "1" : "0", 1);
                 n_decoded += decode(model, 1 + int(below(40)), n_threads);
                 llama_model_free(model);
             }
