@@ -40,7 +40,8 @@ OPTIONS = {
 ENVIRONMENT = {
     # a header may ask for any size: refusing it is part of the test
     "ASAN_OPTIONS": "allocator_may_return_null=1:max_allocation_size_mb=2048:detect_leaks=1",
-    "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
+    "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1:suppressions="
+    + str(Path(__file__).with_name("ubsan.supp")),
     "TSAN_OPTIONS": "halt_on_error=1",
 }
 
