@@ -49,9 +49,11 @@ ENVIRONMENT = {
 def build(source: Path, folder: Path, sanitizer: str, jobs: int) -> Path:
     """Compile library and fuzzer; what is up to date is not compiled again."""
     kinds = SANITIZERS[sanitizer]
-    # llama.cpp's own switch leaves ggml out
-    parts = [f"{part}_SANITIZE_{kind.upper()}" for part in ("LLAMA", "GGML") for kind in kinds]
+    # llama.cpp's own switch leaves ggml out; only ggml computes with threads
+    names = ("GGML",) if sanitizer == "thread" else ("LLAMA", "GGML")
+    parts = [f"{name}_SANITIZE_{kind.upper()}" for name in names for kind in kinds]
     options = OPTIONS | dict.fromkeys(parts, "ON")
+    options["CMAKE_PROJECT_ggml_INCLUDE"] = str(Path(__file__).with_name("ndebug.cmake"))
     flags = [f"-D{name}={value}" for name, value in options.items()]
     run(["cmake", "-S", source, "-B", folder, *flags])
     run(["cmake", "--build", folder, "--target", "llama", "--parallel", jobs])
