@@ -26,7 +26,7 @@ def command(
     ctx_size: int | None,
     threads: int | None,
 ) -> None:
-    """Serve a GGUF: an OpenAI-compatible API and a page to chat on. Ctrl-C ends it.
+    """Serve a GGUF through an OpenAI-compatible API; there is no web page. Ctrl-C ends it.
 
     \b
     mone-edge serve model.gguf --port 8080

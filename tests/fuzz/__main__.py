@@ -40,7 +40,8 @@ OPTIONS = {
 ENVIRONMENT = {
     # a header may ask for any size: refusing it is part of the test
     "ASAN_OPTIONS": "allocator_may_return_null=1:max_allocation_size_mb=2048:detect_leaks=1",
-    "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
+    "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1:suppressions="
+    + str(Path(__file__).with_name("ubsan.supp")),
     "TSAN_OPTIONS": "halt_on_error=1",
 }
 
@@ -48,9 +49,11 @@ ENVIRONMENT = {
 def build(source: Path, folder: Path, sanitizer: str, jobs: int) -> Path:
     """Compile library and fuzzer; what is up to date is not compiled again."""
     kinds = SANITIZERS[sanitizer]
-    # llama.cpp's own switch leaves ggml out
-    parts = [f"{part}_SANITIZE_{kind.upper()}" for part in ("LLAMA", "GGML") for kind in kinds]
+    # llama.cpp's own switch leaves ggml out; only ggml computes with threads
+    names = ("GGML",) if sanitizer == "thread" else ("LLAMA", "GGML")
+    parts = [f"{name}_SANITIZE_{kind.upper()}" for name in names for kind in kinds]
     options = OPTIONS | dict.fromkeys(parts, "ON")
+    options["CMAKE_PROJECT_ggml_INCLUDE"] = str(Path(__file__).with_name("ndebug.cmake"))
     flags = [f"-D{name}={value}" for name, value in options.items()]
     run(["cmake", "-S", source, "-B", folder, *flags])
     run(["cmake", "--build", folder, "--target", "llama", "--parallel", jobs])
@@ -107,7 +110,7 @@ def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--sanitizer", choices=SANITIZERS, default="address")
-    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--minutes", type=float, default=30, help="of processor time")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))

@@ -123,16 +123,6 @@ def test_kept_count_can_be_asked_for(llama: ModuleType, tmp_path: Path) -> None:
     llama.llama_model_free(model)
 
 
-def unordered(model: tiny.Model, kept: list[int]) -> tiny.Model:
-    """All experts stored in the router's order, those that ORDERS has pruned zeroed."""
-    tensors = dict(model.tensors)
-    for layer, n_kept in enumerate(kept):
-        name = f"blk.{layer}.ffn_down_exps.weight"
-        tensors[name] = tensors[name].copy()
-        tensors[name][list(ORDERS.get(layer, range(tiny.N_EXPERTS))[n_kept:])] = 0
-    return replace(model, tensors=tensors)
-
-
 @pytest.mark.parametrize("kept", [FEW, NONE], ids=str)
 @pytest.mark.parametrize("groups", [1, 4])
 def test_experts_in_another_order(
@@ -143,7 +133,7 @@ def test_experts_in_another_order(
     model = tiny.random_model("qwen2moe")
     keys = {"expert_group_count": groups, "expert_group_used_count": groups // 2}
     model = replace(model, keys=model.keys | keys if groups > 1 else model.keys)
-    whole = tiny.write(tmp_path / "whole.gguf", unordered(model, kept), "Q8_0")
+    whole = tiny.write(tmp_path / "whole.gguf", tiny.zeroed(model, kept, ORDERS), "Q8_0")
     part = tiny.pruned(tiny.stored_in_order(model, ORDERS), kept)
     assert_same(llama, whole, tiny.write(tmp_path / "pruned.gguf", part, "Q8_0", kept=kept))
 
@@ -151,7 +141,7 @@ def test_experts_in_another_order(
 def test_grovemoe(llama: ModuleType, tmp_path: Path) -> None:
     """Chunk experts are selected by the router's ids."""
     model = tiny.grovemoe()
-    whole = tiny.write(tmp_path / "whole.gguf", unordered(model, FEW))
+    whole = tiny.write(tmp_path / "whole.gguf", tiny.zeroed(model, FEW, ORDERS))
     part = tiny.pruned(tiny.stored_in_order(model, ORDERS | {1: range(8)}), FEW)
     assert_same(llama, whole, tiny.write(tmp_path / "pruned.gguf", part, kept=FEW))
 

@@ -8,7 +8,7 @@ bias. Routing, order of addition and kernels are then the same, and only the ski
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -122,13 +122,19 @@ def grovemoe(chunk_size: int = 2, n_chunk_ff: int = 32) -> Model:
     return Model("grovemoe", keys, tensors, model.bias)
 
 
-def zeroed(model: Model, kept: Sequence[int]) -> Model:
-    """All experts stored, the down projections of those from `kept[layer]` on all zero."""
+def zeroed(
+    model: Model, kept: Sequence[int], orders: Mapping[int, Sequence[int]] | None = None
+) -> Model:
+    """All experts stored, the down projections of those from `kept[layer]` on all zero.
+
+    With `orders`, as in `stored_in_order`, those that come from `kept[layer]` on in that order.
+    """
     tensors = dict(model.tensors)
     for layer, n_kept in enumerate(kept):
+        order = (orders or {}).get(layer, range(N_EXPERTS))
         name = f"blk.{layer}.ffn_down_exps.weight"
         tensors[name] = tensors[name].copy()
-        tensors[name][n_kept:] = 0
+        tensors[name][list(order[n_kept:])] = 0
     return replace(model, tensors=tensors)
 
 
@@ -144,7 +150,7 @@ def pruned(model: Model, kept: Sequence[int]) -> Model:
     return replace(model, tensors=tensors)
 
 
-def stored_in_order(model: Model, orders: dict[int, Sequence[int]]) -> Model:
+def stored_in_order(model: Model, orders: Mapping[int, Sequence[int]]) -> Model:
     """The same model with the experts of some layers stored in another order, the router as it was.
 
     Args:
@@ -186,9 +192,13 @@ def write(
     bias_type: type[np.floating] | None = np.float32,
     bias_layers: Sequence[int] = range(N_LAYERS),
     novice_quant: str = "F32",
+    text: bool = False,
 ) -> Path:
-    """Write `model` as GGUF; `kept` writes the key, `bias_type` None leaves the bias out."""
-    writer = start(path, model)
+    """Write `model` as GGUF; `kept` writes the key, `bias_type` None leaves the bias out.
+
+    With `text`, there is a tokenizer: every ASCII character is a token.
+    """
+    writer = start(path, model, text=text)
     if kept is not None:
         writer.add_array(f"{model.arch}.expert_kept_count", [int(n) for n in kept])
     for name, value in model.tensors.items():
@@ -208,14 +218,33 @@ def write(
     return finish(writer, path)
 
 
-def start(path: Path, model: Model) -> gguf.GGUFWriter:
-    """A writer with the hyper-parameters of `model` and no tokenizer."""
+def start(path: Path, model: Model, *, text: bool = False) -> gguf.GGUFWriter:
+    """A writer with the hyper-parameters of `model`, and with a tokenizer if `text`."""
     writer = gguf.GGUFWriter(path, model.arch)
     for key, value in model.keys.items():
         add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
         add(f"{model.arch}.{key}", value)
-    writer.add_string("tokenizer.ggml.model", "none")
+    if text:
+        add_tokenizer(writer)
+    else:
+        writer.add_string("tokenizer.ggml.model", "none")
     return writer
+
+
+def add_tokenizer(writer: gguf.GGUFWriter) -> None:
+    """Bytes 4 to 127, a space, and three control tokens: `N_VOCAB` in all."""
+    kinds = gguf.TokenType
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(
+        ["<unk>", "<s>", "</s>", "\u2581", *(f"<0x{byte:02X}>" for byte in range(4, N_VOCAB))]
+    )
+    writer.add_token_scores([0.0] * N_VOCAB)
+    writer.add_token_types(
+        [kinds.UNKNOWN, kinds.CONTROL, kinds.CONTROL, kinds.NORMAL] + [kinds.BYTE] * (N_VOCAB - 4)
+    )
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_chat_template("{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}")
 
 
 def finish(writer: gguf.GGUFWriter, path: Path) -> Path:
