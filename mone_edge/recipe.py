@@ -60,6 +60,7 @@ class Recipe:
     replacement: str = "mean"
     protect: tuple[int, ...] = ()
     protect_super: bool = False
+    pretrained: str = ""  # the model before fine-tuning, for the method "router-norm"
     outtype: tuple[str, ...] = ("Q4_K_M",)
     imatrix: str = "auto"
     tensor_type: tuple[str, ...] = ()

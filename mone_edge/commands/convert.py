@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from mone_edge.recipe import Recipe
     from mone_edge.source import Checkpoint, Source
 
-PLAN_FIELDS = ("prune_ratio", "method", "scope", "replacement", "protect", "protect_super")
+PLAN_FIELDS = (
+    "prune_ratio", "method", "scope", "replacement", "protect", "protect_super", "pretrained",
+)  # fmt: skip
 SIZE = re.compile(r"(\d+)([KMG]?)", re.I)
 
 
@@ -108,13 +110,15 @@ def command(
     ]
     inputs += _recipe_to_keep(recipe, chosen)
     _require_places(outfiles.values(), inputs, recipe, force=force, split=split_max_bytes > 0)
-    rehearsal = pipeline.rehearse(source, chosen, outfiles, plan)
+    pretrained = "" if plan else chosen.pretrained
+    change = pipeline.router_change(source, pretrained, offline=offline)
+    rehearsal = pipeline.rehearse(source, chosen, outfiles, plan, change)
     convert.require_space(rehearsal)
     if dry_run:
         _tell_estimate(console, rehearsal)
         return
     how = Means(device, threads, offline)
-    measured, decided = decide(console, source, chosen, plan, stats, how)
+    measured, decided = decide(console, source, chosen, plan, stats, how, change)
     fitted = fitted_novices(console, source, chosen, decided, novices, how)
     jobs = convert.prepare(source, chosen, outfiles, plan=decided, stats=measured, fitted=fitted)
     with console.progress("writing", "B") as progress:
