@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from mone_edge import __version__, card, prune, quantize
+from mone_edge import __version__, card, prune, quantize, skipping
 from mone_edge import imatrix as imatrices
 from mone_edge.conversion import UNQUANTISED, packages
 from mone_edge.errors import MoneEdgeError
@@ -102,10 +102,11 @@ def prepare(
     whole = source.open(tokenizer_pre=recipe.tokenizer_pre)
     imatrix = _imatrix(whole, recipe, stats)
     model = prune.apply_plan(whole, plan, stats, fitted) if plan else whole
+    model = skipping.set_threshold(model, recipe.skip_threshold)
     if plan and imatrix:
         imatrix = _kept_rows(imatrix, plan)
-    if plan:
-        model = _with_provenance(model, source, recipe)
+    if plan or recipe.skip_threshold:
+        model = _with_provenance(model, source, recipe, pruned=plan is not None)
     return [
         replace(_job(source, recipe, model, outtype, outfile, imatrix), plan=plan)
         for outtype, outfile in outfiles.items()
@@ -144,7 +145,9 @@ def _kept_rows(imatrix: dict[str, Any], plan: PrunePlan) -> dict[str, Any]:
     return kept
 
 
-def _with_provenance(model: ModelFile, source: Source, recipe: Recipe) -> ModelFile:
+def _with_provenance(
+    model: ModelFile, source: Source, recipe: Recipe, *, pruned: bool
+) -> ModelFile:
     gguf, _ = packages()
     value, text = gguf.gguf_writer.GGUFValue, gguf.GGUFValueType.STRING
     metadata = model.metadata | {
@@ -152,7 +155,8 @@ def _with_provenance(model: ModelFile, source: Source, recipe: Recipe) -> ModelF
         "mone.tool": value(f"mone-edge {__version__}", text),
         "mone.base_fingerprint": value(source.base_fingerprint, text),
     }
-    metadata.pop("general.size_label", None)  # counts the experts that are gone
+    if pruned:
+        metadata.pop("general.size_label", None)  # counts the experts that are gone
     return replace(model, metadata=metadata)
 
 
