@@ -6,6 +6,7 @@ and the share of routed slots that hit a novice. Knows nothing about quality.
 """
 
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -19,13 +20,16 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mone_edge import skipping
 from mone_edge.errors import MoneEdgeError, UsageError
 from mone_edge.evaluate import file_bytes, read_text
 from mone_edge.llama import GgufModel, check_gguf
 from mone_edge.probe import require_loadable
 from mone_edge.scoring import Progress, silent
 
-ROUTED = "ffn_moe_topk-"  # llama.cpp's name of the chosen expert ids of a block
+# llama.cpp's names of the chosen expert ids of a block, and of which are run (1 or 0) where some
+# may be skipped; a copy or a view has more behind its name
+ROUTED, RUN = re.compile(r"ffn_moe_topk-(\d+)"), re.compile(r"ffn_moe_run-\d+")
 HIT_RATIO_TOKENS = 2048
 CHUNK_TOKENS = 256  # bounds the logits of a large vocabulary, which are not needed
 MAX_POLL_SECONDS = 0.05
@@ -44,6 +48,7 @@ class BenchResult:
     file_bytes: int
     peak_rss_bytes: int  # of the llama-bench process, weights mapped from the file included
     novice_hit_ratio: float  # share of routed slots that hit a novice, 0 for an unpruned file
+    skipped_ratio: float  # share of routed slots that `skipping` leaves out, 0 without a threshold
     model_type: str
     parameters: int
     backend: str
@@ -100,8 +105,7 @@ def bench(
             progress("bench", turn * len(paths) + number + 1, rounds * len(paths))
     results = []
     for path, own in zip(paths, runs, strict=True):
-        ratio = novice_hit_ratio(path, text, threads=threads)
-        results += summarise(path, own, ratio)
+        results += summarise(path, own, count_slots(path, text, threads=threads))
     return results
 
 
@@ -172,14 +176,14 @@ def _content(file: IO[bytes]) -> str:
     return file.read().decode("utf-8", "replace")
 
 
-def summarise(path: Path, runs: Sequence[Run], ratio: float) -> list[BenchResult]:
+def summarise(path: Path, runs: Sequence[Run], slots: "SlotCounter") -> list[BenchResult]:
     """Put the repetitions of a file together, test by test."""
     tests: dict[str, list[Mapping[str, Any]]] = {}
     for run in runs:
         for entry in run.entries:
             tests.setdefault(_test_name(entry), []).append(entry)
     peak = max(run.peak_rss_bytes for run in runs)
-    return [_result(path, test, entries, peak, ratio) for test, entries in tests.items()]
+    return [_result(path, test, entries, peak, slots) for test, entries in tests.items()]
 
 
 def _test_name(entry: Mapping[str, Any]) -> str:
@@ -189,7 +193,7 @@ def _test_name(entry: Mapping[str, Any]) -> str:
 
 
 def _result(
-    path: Path, test: str, entries: Sequence[Mapping[str, Any]], peak: int, ratio: float
+    path: Path, test: str, entries: Sequence[Mapping[str, Any]], peak: int, slots: "SlotCounter"
 ) -> BenchResult:
     samples = tuple(float(speed) for entry in entries for speed in entry["samples_ts"])
     first = entries[0]
@@ -202,7 +206,8 @@ def _result(
         samples=samples,
         file_bytes=file_bytes(path),
         peak_rss_bytes=peak,
-        novice_hit_ratio=ratio,
+        novice_hit_ratio=slots.hit_ratio,
+        skipped_ratio=slots.skipped_ratio,
         model_type=str(first["model_type"]),
         parameters=int(first["model_n_params"]),
         backend=str(first["backends"]),
@@ -210,29 +215,37 @@ def _result(
     )
 
 
-class NoviceCounter:
-    """A `TensorWatcher` that counts routed slots, and those whose expert has no weights."""
+class SlotCounter:
+    """A `TensorWatcher` that counts routed slots (token, layer, one of top_k), those whose expert
+    has no weights, and those that are skipped for a small gate weight."""
 
     def __init__(self) -> None:
         self.kept: Mapping[int, int] = {}  # experts with weights, by block
         self.slots = 0
         self.hits = 0
+        self.skipped = 0
 
     def wants(self, name: str) -> bool:
-        return name.startswith(ROUTED)
+        return bool(ROUTED.fullmatch(name) or RUN.fullmatch(name))
 
     def see(self, name: str, values: NDArray[Any]) -> None:
-        kept = self.kept[int(name.removeprefix(ROUTED))]
-        self.slots += values.size  # [tokens, top_k]
-        self.hits += int(np.count_nonzero(values >= kept))
+        if match := ROUTED.fullmatch(name):
+            self.slots += values.size  # [tokens, top_k]
+            self.hits += int(np.count_nonzero(values >= self.kept[int(match[1])]))
+        else:
+            self.skipped += int(np.count_nonzero(values == 0))
 
     @property
-    def ratio(self) -> float:
+    def hit_ratio(self) -> float:
         return self.hits / self.slots if self.slots else 0.0
 
+    @property
+    def skipped_ratio(self) -> float:
+        return self.skipped / self.slots if self.slots else 0.0
 
-def novice_hit_ratio(path: Path, text: str | None = None, *, threads: int | None = None) -> float:
-    """Share of routed slots (token, layer, one of top_k) that hit a novice on a text.
+
+def count_slots(path: Path, text: str | None = None, *, threads: int | None = None) -> SlotCounter:
+    """What becomes of routed slots on a text; nothing is counted where all experts are run.
 
     Args:
         text: its first 2048 tokens are read, in chunks of 256; None takes the evaluation text of
@@ -241,17 +254,18 @@ def novice_hit_ratio(path: Path, text: str | None = None, *, threads: int | None
     Raises:
         MoneEdgeError: llama.cpp cannot run the file.
     """
-    counter = NoviceCounter()
+    counter = SlotCounter()
     with GgufModel(path, n_ctx=CHUNK_TOKENS, threads=threads, watcher=counter) as model:
         counter.kept = {layer: model.kept_experts(layer) for layer in range(model.layers)}
         experts = model.num_experts
-        if not any(0 < kept < experts for kept in counter.kept.values()):
-            return 0.0
+        pruned = any(0 < kept < experts for kept in counter.kept.values())
+        if not pruned and not skipping.threshold_of(path):
+            return counter
         ids = model.token_ids(text or _default_text())[:HIT_RATIO_TOKENS]
         for start in range(0, len(ids), CHUNK_TOKENS):
             # All logits are asked for: a position without output does not reach the last layer.
             model.logits(ids[start : start + CHUNK_TOKENS])
-    return counter.ratio
+    return counter
 
 
 def _default_text() -> str:

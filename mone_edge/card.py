@@ -28,6 +28,10 @@ Statistics: {stats}. Experts kept in each MoE layer: {kept}.
 PATCHED = """It needs the patched llama.cpp of mone-edge (`mone-edge runtime build`, then
 `mone-edge run {name}`); an unpatched llama.cpp refuses the file."""
 STOCK = "It runs on any llama.cpp that knows the architecture."
+SKIPS = """
+
+The patched llama.cpp runs no expert whose gate weight is below {share:g} of the token's largest;
+another runs all that the router selects."""
 
 
 def write(outfile: Path, plan: PrunePlan | None, recipe: Recipe, size: int) -> None:
@@ -47,13 +51,16 @@ def write(outfile: Path, plan: PrunePlan | None, recipe: Recipe, size: int) -> N
             )
         kept = " ".join(str(len(ids)) for ids in plan.kept.values())
         stats = f"sha256 {plan.stats_sha256[:16]}" if plan.stats_sha256 else "in memory"
+    runs = PATCHED.format(name=outfile.name) if patched else STOCK
+    if recipe.skip_threshold:
+        runs += SKIPS.format(share=recipe.skip_threshold)
     text = TEMPLATE.format(
         base=recipe.model,
         name=outfile.name,
         model=recipe.model,
         what=what,
         bytes=f"{size:,}",
-        runs=PATCHED.format(name=outfile.name) if patched else STOCK,
+        runs=runs,
         recipe=outfile.with_suffix(".recipe.yaml").name,
         stats=stats,
         kept=kept,

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from mone_edge import __version__, card, merging, prune, quantize
+from mone_edge import __version__, card, merging, prune, quantize, skipping
 from mone_edge import imatrix as imatrices
 from mone_edge.conversion import UNQUANTISED, packages
 from mone_edge.errors import MoneEdgeError
@@ -110,11 +110,12 @@ def prepare(
     whole = whole or source.open(tokenizer_pre=recipe.tokenizer_pre)
     imatrix = _imatrix(whole, recipe, stats)
     model = prune.apply_plan(whole, plan, stats, fitted) if plan else whole
+    model = skipping.set_threshold(model, recipe.skip_threshold)
     if plan and imatrix:
         counted = stats if recipe.imatrix == "auto" else None
         imatrix = _kept_rows(imatrix, plan, counted)
-    if plan:
-        model = _with_provenance(model, source, recipe)
+    if plan or recipe.skip_threshold:
+        model = _with_provenance(model, source, recipe, pruned=plan is not None)
     return [
         replace(_job(source, recipe, model, outtype, outfile, imatrix), plan=plan)
         for outtype, outfile in outfiles.items()
@@ -161,7 +162,9 @@ def _kept_rows(
     return kept
 
 
-def _with_provenance(model: ModelFile, source: Source, recipe: Recipe) -> ModelFile:
+def _with_provenance(
+    model: ModelFile, source: Source, recipe: Recipe, *, pruned: bool
+) -> ModelFile:
     gguf, _ = packages()
     value, text = gguf.gguf_writer.GGUFValue, gguf.GGUFValueType.STRING
     metadata = model.metadata | {
@@ -169,7 +172,8 @@ def _with_provenance(model: ModelFile, source: Source, recipe: Recipe) -> ModelF
         "mone.tool": value(f"mone-edge {__version__}", text),
         "mone.base_fingerprint": value(source.base_fingerprint, text),
     }
-    metadata.pop("general.size_label", None)  # counts the experts that are gone
+    if pruned:
+        metadata.pop("general.size_label", None)  # counts the experts that are gone
     return replace(model, metadata=metadata)
 
 

@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from mone_edge import low_rank, source, stats
+from mone_edge import low_rank, skipping, source, stats
 from mone_edge.errors import MoneEdgeError
 from mone_edge.gguf_header import read_header
 from mone_edge.paths import expand, is_file
@@ -70,6 +70,7 @@ def _gguf(path: Path) -> dict[str, Any]:
         "experts": header.value("{arch}.expert_count", 0),
         "top_k": header.value("{arch}.expert_used_count", 0),
         "experts_kept": header.value("{arch}.expert_kept_count"),
+        "skip_threshold": _text(header.value(skipping.KEY)),
         "parameters": sum(math.prod(ref.shape) for ref in header.tensors.values()),
         "tensors": len(header.tensors),
         "types": dict(Counter(ref.dtype for ref in header.tensors.values())),

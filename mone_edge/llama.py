@@ -101,6 +101,7 @@ class GgufModel:
         watcher: sees tensors of every decoded batch (slower: the graph runs piecewise).
         observer: the same with the nodes of the graph themselves; one of the two.
         vocab_only: for token ids only; no weights are loaded.
+        run_all: no expert is skipped, whatever threshold the file has (`skipping`).
         exact: keep keys and values in F32 and use plain attention, to compare with torch; the
             default is llama.cpp's own (F16, flash attention), as models run in use.
 
@@ -119,9 +120,10 @@ class GgufModel:
         observer: GraphObserver | None = None,
         exact: bool = False,
         vocab_only: bool = False,
+        run_all: bool = False,
     ) -> None:
         check_gguf(path)
-        from mone_edge import runtime
+        from mone_edge import runtime, skipping
         from mone_edge.probe import require_loadable
 
         require_loadable(path)
@@ -141,6 +143,8 @@ class GgufModel:
         self._api.llama_backend_init()
         params = self._api.llama_model_default_params()
         params.vocab_only = vocab_only
+        if run_all and skipping.threshold_of(path):
+            params.kv_overrides = skipping.never(self._api, path)
         self._model = self._api.llama_model_load_from_file(os.fsencode(path), params)
         if not self._model:
             raise MoneEdgeError(f"llama.cpp cannot load {path}: {self._log.reason()}")

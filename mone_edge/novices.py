@@ -199,17 +199,17 @@ def implementation() -> str:
     """Name of the experts function that runs modules which `install` was called on."""
     from mone_edge.collect.experts import register
 
-    register(IMPLEMENTATION, _experts_with_novices)
+    register(IMPLEMENTATION, experts_with_novices)
     return IMPLEMENTATION
 
 
-def _experts_with_novices(
+def experts_with_novices(
     module: Any, hidden: "Tensor", index: "Tensor", weights: "Tensor"
 ) -> "Tensor":
     """Eager experts with novices for the pruned ones: [T,H], [T,K], [T,K] -> [T,H]."""
     from mone_edge.collect.experts import output_width, routed, routed_inputs, run_expert
 
-    novices: dict[int, Novice] = getattr(module, _NOVICES)
+    novices: dict[int, Novice] = getattr(module, _NOVICES, {})
     result = hidden.new_zeros(len(hidden), output_width(module))
     for expert, token, slot in routed(index):
         inputs, gate = routed_inputs(module, hidden[token], weights[token, slot])

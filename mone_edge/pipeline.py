@@ -5,7 +5,7 @@ what they were measured on, so that another ratio, method or type needs no new c
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from mone_edge import __version__, convert, demo, novices, quantize
@@ -19,9 +19,10 @@ from mone_edge.model_file import ModelFile
 from mone_edge.paths import cache_dir, expand, is_file
 from mone_edge.plan import PrunePlan, make_plan
 from mone_edge.recipe import MEASURED, Calibration, Recipe, low_rank
-from mone_edge.source import Source
+from mone_edge.routers import norm_changes
+from mone_edge.source import Source, resolve
 from mone_edge.stats import VERSION as STATS_VERSION
-from mone_edge.stats import ExpertStats, LayerStats, Provenance, empty_layer, file_sha256
+from mone_edge.stats import ExpertStats, Float, LayerStats, Provenance, empty_layer, file_sha256
 
 EXPERT_PARTS = ("gate", "up", "down", "gate_up")
 
@@ -151,7 +152,39 @@ def _cached(kind: str, source: Source, calibration: Calibration, more: str = "")
     return cache_dir() / kind / f"{source.label}-{digest.hexdigest()[:16]}.safetensors"
 
 
-def plan_from_stats(recipe: Recipe, stats: ExpertStats, path: Path) -> PrunePlan:
+def router_change(source: Source, pretrained: str, *, offline: bool) -> dict[int, Float] | None:
+    """What `--pretrained` tells of the routers of a model; None where it is not given.
+
+    Raises:
+        MoneEdgeError: the two models cannot be compared.
+    """
+    if not pretrained:
+        return None
+    return norm_changes(source, resolve(pretrained, offline=offline))
+
+
+def measured_model(stats: ExpertStats, *, offline: bool) -> Source:
+    """The model that statistics are of, as it was named when they were made.
+
+    Raises:
+        MoneEdgeError: it is not there, or it is another one by now.
+    """
+    made = stats.provenance
+    source = resolve(made.model, offline=offline)
+    if source.base_fingerprint != made.fingerprint:
+        raise MoneEdgeError(
+            f"{made.model} ({source.base_fingerprint[:12]}) is not the model that the statistics "
+            f"are of ({made.fingerprint[:12]})"
+        )
+    return source
+
+
+def plan_from_stats(
+    recipe: Recipe,
+    stats: ExpertStats,
+    path: Path,
+    router_change: Mapping[int, Float] | None = None,
+) -> PrunePlan:
     """The plan that a recipe asks for, with the statistics file it rests on recorded."""
     return make_plan(
         stats,
@@ -162,6 +195,8 @@ def plan_from_stats(recipe: Recipe, stats: ExpertStats, path: Path) -> PrunePlan
         seed=recipe.calibration.seed,
         protect=recipe.protect,
         protect_super=recipe.protect_super,
+        pretrained=recipe.pretrained,
+        router_change=router_change,
         stats_path=str(path.resolve()),
         stats_sha256=file_sha256(path),
     )
@@ -209,6 +244,7 @@ def rehearse(
     recipe: Recipe,
     outfiles: dict[str, Path],
     plan: PrunePlan | None = None,
+    router_change: Mapping[int, Float] | None = None,
 ) -> list[convert.Job]:
     """All that `convert` does before it reads weights, on statistics of the right shape.
 
@@ -228,6 +264,7 @@ def rehearse(
             replacement=recipe.replacement,
             protect=recipe.protect,
             protect_super=recipe.protect_super,
+            router_change=router_change,
         )
     fitted = _shape_of_novices(plan, stats, model) if plan and low_rank(plan.replacement) else None
     measured = stats if plan else None

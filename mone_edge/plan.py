@@ -30,8 +30,8 @@ from mone_edge.recipe import (
     default_replacement,
     is_replacement,
 )
-from mone_edge.selection import METHODS, Choice, merge, prune
-from mone_edge.stats import ExpertStats
+from mone_edge.selection import METHODS, ROUTER_NORM, Choice, merge, prune
+from mone_edge.stats import ExpertStats, Float
 
 FORMAT = "mone-edge-plan"
 VERSION = 2
@@ -58,6 +58,7 @@ class PrunePlan:
     seed: int = 0
     protect: tuple[int, ...] = ()  # blocks left whole
     protect_super: bool = False  # experts with extreme activations stay
+    pretrained: str = ""  # the model whose routers "router-norm" compared with
     stats_path: str = ""  # where the novices' means are
     stats_sha256: str = ""
     # Of "merge", of each kept expert: the ids that are merged into it, itself first, and the weight
@@ -156,7 +157,7 @@ class PrunePlan:
         texts = (self.model, self.fingerprint, self.method, self.stats_path, self.stats_sha256)
         if (
             not all(isinstance(n, int | float) for n in numbers)
-            or not all(isinstance(text, str) for text in texts)
+            or not all(isinstance(text, str) for text in (*texts, self.pretrained))
             or not isinstance(self.protect_super, bool)
         ):
             raise MoneEdgeError(f"{path}: a number or a name in it has the wrong type")
@@ -216,6 +217,8 @@ def make_plan(
     seed: int = 42,
     protect: Iterable[int] = (),
     protect_super: bool = False,
+    pretrained: str = "",
+    router_change: Mapping[int, Float] | None = None,
     stats_path: str = "",
     stats_sha256: str = "",
 ) -> PrunePlan:
@@ -232,6 +235,8 @@ def make_plan(
         seed: of the methods "random" and "dek".
         protect: block indices to leave whole (see `parse_layers`).
         protect_super: keep experts with extreme activations (`criteria.super_experts`).
+        pretrained: the model that "router-norm" compares with, recorded in the plan.
+        router_change: of "router-norm", by block (`routers.norm_changes`).
         stats_path: where the statistics are, recorded in the plan.
         stats_sha256: of that file, recorded in the plan.
 
@@ -241,6 +246,7 @@ def make_plan(
     guarded = tuple(sorted(set(protect)))
     replacement = replacement or default_replacement(method)
     _check_choices(stats, prune_ratio, method, scope, replacement, guarded)
+    _check_routers(stats, method, router_change)
     num_experts = {index: layer.num_experts for index, layer in sorted(stats.layers.items())}
     top_k = max(layer.top_k for layer in stats.layers.values())
     choice = Choice(
@@ -249,6 +255,7 @@ def make_plan(
         seed,
         floor=top_k if replacement in CUTTING else 1,
         spared=super_experts(stats.layers) if protect_super else {},
+        router_change=router_change or {},
     )
     layers = {index: stats.layers[index] for index in num_experts if index not in guarded}
     groups: dict[int, Groups] = {}
@@ -275,6 +282,7 @@ def make_plan(
         seed=seed,
         protect=guarded,
         protect_super=protect_super,
+        pretrained=pretrained,
         stats_path=stats_path,
         stats_sha256=stats_sha256,
         groups=groups,
@@ -352,3 +360,22 @@ def _check_choices(
             f"--replacement {replacement} with {cause} leaves different numbers of experts per "
             f"layer, and a GGUF without novices holds one number for all; {other}leave {cause} out"
         )
+
+
+def _check_routers(stats: ExpertStats, method: str, change: Mapping[int, Float] | None) -> None:
+    """Refuse "router-norm" without what it needs, and what it needs without it."""
+    if method != ROUTER_NORM:
+        if change is not None:
+            raise UsageError(f"--pretrained is for --method {ROUTER_NORM}, not for {method}")
+        return
+    if change is None:
+        raise UsageError(
+            f"--method {ROUTER_NORM} ranks by how fine-tuning changed the router: name the model "
+            "before it with --pretrained MODEL"
+        )
+    for index, layer in stats.layers.items():
+        if len(change.get(index, ())) != layer.num_experts:
+            raise UsageError(
+                f"--method {ROUTER_NORM}: block {index} of {stats.provenance.model} has no router "
+                f"of {layer.num_experts} rows that could be read"
+            )

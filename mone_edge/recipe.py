@@ -82,7 +82,9 @@ class Recipe:
     replacement: str = "mean"
     protect: tuple[int, ...] = ()
     protect_super: bool = False
+    pretrained: str = ""  # the model before fine-tuning, for the method "router-norm"
     outtype: tuple[str, ...] = ("Q4_K_M",)
+    skip_threshold: float = 0.0  # of a token's largest gate weight; 0 runs all (`skipping`)
     imatrix: str = "auto"
     tensor_type: tuple[str, ...] = ()
     tokenizer_pre: str = ""
@@ -196,6 +198,9 @@ def _require_ranges(path: Path, given: dict[str, Any], calibration: dict[str, An
     ratio = given.get("prune_ratio")
     if ratio is not None and not 0 <= ratio < 1:
         raise UsageError(f"{path}: prune_ratio is {ratio}, not 0 <= ratio < 1")
+    threshold = given.get("skip_threshold")
+    if threshold is not None and not 0 <= threshold < 1:
+        raise UsageError(f"{path}: skip_threshold is {threshold}, not 0 <= threshold < 1")
     replacement = given.get("replacement")
     for name, known, right in (
         ("scope", SCOPES, given.get("scope") in (None, *SCOPES)),

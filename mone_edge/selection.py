@@ -5,11 +5,19 @@ In: statistics by layer and the choices of a plan. Out: the ids that go, by laye
 Scope `layer` removes the same fraction of every layer; `model` makes one ranking over all layers;
 `error` takes the same number as `model`, divided among layers such that the errors that the
 statistics predict add up to the least.
+
+`reconstruction` is the objective of NAEE (arXiv 2402.14800) as far as statistics tell it: the set
+`p` whose removal changes the layer's output least, `sum_t ||sum_{i in p} g_i f_i||^2`, all sets
+tried where they are few (`joint`). The paper runs the layer again for every set, so there a token
+goes to the next best of the experts that stay, with weights that are normalised again; here it
+keeps the rest of its experts with the weights that they had. That is what `--replacement zero`
+computes, and `joint` for it; products of different experts are known around their means
+(`criteria.error_matrix`).
 """
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,8 +31,9 @@ from mone_edge.stats import Float, LayerStats
 if TYPE_CHECKING:
     from mone_edge.grouping import Groups, Weights
 
-JOINT = "joint"
-METHODS = (*CRITERIA, JOINT, *MERGING)
+JOINT, RECONSTRUCTION = SETS = ("joint", "reconstruction")  # they choose sets, not one by one
+ROUTER_NORM = "router-norm"  # its scores come from the weights, not from statistics
+METHODS = (*CRITERIA, ROUTER_NORM, *SETS, *MERGING)
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,7 @@ class Choice:
     seed: int
     floor: int  # experts that stay in every layer at least
     spared: Mapping[int, Collection[int]]  # experts that never go, by layer
+    router_change: Mapping[int, Float] = field(default_factory=dict)  # see `routers`, by layer
 
 
 class LayerChoice:
@@ -48,13 +58,12 @@ class LayerChoice:
         self.most = min(len(self.candidates), layer.num_experts - choice.floor)
         if choice.method in MERGING:  # one of those that are merged stays
             self.most = max(0, min(self.most, len(self.candidates) - 1))
-        elif choice.method != JOINT:
-            rng = np.random.default_rng([choice.seed, index])
-            self.scores: Float = CRITERIA[choice.method](layer, rng)
+        elif choice.method not in SETS:
+            self.scores = self._scores()
 
     def first(self, count: int) -> set[int]:
         """The `count` experts that go first; of equal scores the higher ids."""
-        if self.choice.method == JOINT:
+        if self.choice.method in SETS:
             return set(joint.solve(self.matrix(), count, self.candidates))
         order = sorted(self.candidates, key=lambda i: (self.scores[i], -i))
         return set(order[:count])
@@ -65,7 +74,15 @@ class LayerChoice:
         return np.array([joint.error(matrix, self.first(n)) for n in range(self.most + 1)])
 
     def matrix(self) -> Float:
-        return error_matrix(self.layer, self.choice.replacement)
+        """What the layer loses by pairs: `reconstruction` leaves nothing in place of an expert."""
+        nothing = self.choice.method == RECONSTRUCTION
+        return error_matrix(self.layer, "zero" if nothing else self.choice.replacement)
+
+    def _scores(self) -> Float:
+        if self.choice.method == ROUTER_NORM:
+            return self.choice.router_change[self.index]
+        rng = np.random.default_rng([self.choice.seed, self.index])
+        return CRITERIA[self.choice.method](self.layer, rng)
 
 
 def prune(
@@ -79,7 +96,7 @@ def prune(
     choices = {index: LayerChoice(index, layer, choice) for index, layer in layers.items()}
     if scope == "layer":
         return _same_in_every_layer(choices, ratio)
-    if scope == "model" and choice.method != JOINT:
+    if scope == "model" and choice.method not in SETS:
         return _over_model(choices, ratio)
     return _least_error(choices, ratio)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mone_edge import bench, convert, runtime
-from mone_edge.bench import BenchResult, NoviceCounter, Run, novice_hit_ratio
+from mone_edge.bench import BenchResult, Run, SlotCounter, count_slots
 from mone_edge.cli import run as run_cli
 from mone_edge.errors import MoneEdgeError, UsageError
 from mone_edge.plan import PrunePlan, make_plan
@@ -70,18 +70,23 @@ def test_novice_hits_are_those_of_the_torch_router(
     whole, small, plan = pruned
     oracle = hits_in_torch(calibrated("olmoe"), plan, SHORT)
     assert 0.2 < oracle < 1
-    assert novice_hit_ratio(small, SHORT, threads=1) == pytest.approx(oracle, abs=5e-3)
-    assert novice_hit_ratio(whole, SHORT, threads=1) == 0
+    assert count_slots(small, SHORT, threads=1).hit_ratio == pytest.approx(oracle, abs=5e-3)
+    assert count_slots(whole, SHORT, threads=1).hit_ratio == 0
 
 
 def test_counter_counts_slots_and_hits() -> None:
-    counter = NoviceCounter()
+    counter = SlotCounter()
     counter.kept = {0: 3, 1: 2}
     assert counter.wants("ffn_moe_topk-1")
     assert not counter.wants("ffn_moe_probs-1")
     counter.see("ffn_moe_topk-0", np.array([[0, 1], [2, 3]]))
     counter.see("ffn_moe_topk-1", np.array([[2, 1], [7, 0]]))
-    assert (counter.hits, counter.slots, counter.ratio) == (3, 8, 3 / 8)
+    assert (counter.hits, counter.slots, counter.hit_ratio) == (3, 8, 3 / 8)
+    assert counter.wants("ffn_moe_run-1")
+    assert not counter.wants("ffn_moe_run_ids-1")
+    assert not counter.wants("ffn_moe_topk-1 (copy)")
+    counter.see("ffn_moe_run-1", np.array([[[1.0], [0.0]], [[1.0], [1.0]]]))
+    assert (counter.skipped, counter.skipped_ratio) == (1, 1 / 8)
 
 
 def test_files_are_measured_in_turns(
@@ -131,8 +136,8 @@ def result(**changes: object) -> BenchResult:
     fields = {
         "model": "a/m.gguf", "test": "pp512", "tokens_per_second": 12.349, "stddev": 0.5,
         "median": 12.3, "samples": (12.0, 12.69), "file_bytes": 5 * MIB, "peak_rss_bytes": 9 * MIB,
-        "novice_hit_ratio": 0.25, "model_type": "olmoe Q4_0", "parameters": 7_000_000,
-        "backend": "CPU", "threads": 2,
+        "novice_hit_ratio": 0.25, "skipped_ratio": 0.125, "model_type": "olmoe Q4_0",
+        "parameters": 7_000_000, "backend": "CPU", "threads": 2,
     }  # fmt: skip
     return BenchResult(**(fields | changes))  # type: ignore[arg-type]
 
@@ -155,7 +160,7 @@ def test_outputs_hold_the_contracts_keys(
     table = capsys.readouterr().out
     assert "| m.gguf |" in table
     cells = [cell.strip() for cell in table.splitlines()[2].split("|")]
-    assert cells[7:11] == ["pp512", "12.35 ± 0.50", "9.0 MiB", "25.0%"]
+    assert cells[7:12] == ["pp512", "12.35 ± 0.50", "9.0 MiB", "25.0%", "12.5%"]
 
 
 def test_wrong_input_is_refused(

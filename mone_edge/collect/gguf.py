@@ -61,6 +61,7 @@ def collect(
     observer = ExpertObserver()
     tokens, length = calibration.tokens, calibration.tokens.shape[1]
     options: dict[str, Any] = {"n_ctx": length, "threads": threads, "exact": exact}
+    options["run_all"] = True
     with GgufModel(path, observer=observer, **options) as llama:
         architecture = llama.metadata("general.architecture")
         observer.scaled_gates = architecture in SCALED_GATES

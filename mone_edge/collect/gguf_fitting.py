@@ -130,7 +130,8 @@ def _observe(
 ) -> "_PairObserver":
     tokens, length = calibration.tokens, calibration.tokens.shape[1]
     observer = _PairObserver({i: plan.pruned(i) for i in group}, tokens.size)
-    with GgufModel(path, observer=observer, n_ctx=length, threads=threads, exact=True) as llama:
+    options: dict[str, Any] = {"n_ctx": length, "threads": threads, "exact": True, "run_all": True}
+    with GgufModel(path, observer=observer, **options) as llama:
         for row in tokens.tolist():
             llama.read(row)
     for layer in group:

@@ -25,6 +25,7 @@ HEADERS = (
     "t/s",
     "peak RSS",
     "novice hits",
+    "skipped",
 )
 
 
@@ -56,7 +57,7 @@ def command(
     text_file: Path | None,
     output: str,
 ) -> None:
-    """Speed, peak memory, size and novice hits of GGUFs on this machine.
+    """Speed, peak memory, size, novice hits and skipped slots of GGUFs on this machine.
 
     \b
     mone-edge bench model-F16.gguf model-MoNE0.25-Q4_K_M.gguf -t 2
@@ -81,7 +82,7 @@ def command(
 
 
 def to_markdown(results: Sequence["BenchResult"]) -> str:
-    """llama-bench's table, with peak memory and novice hits."""
+    """llama-bench's table, with peak memory, novice hits and skipped slots."""
     return table(HEADERS, (_cells(result) for result in results))
 
 
@@ -98,6 +99,7 @@ def _cells(result: "BenchResult") -> tuple[str, ...]:
         f"{result.tokens_per_second:.2f} ± {result.stddev:.2f}",
         human_bytes(result.peak_rss_bytes),
         f"{result.novice_hit_ratio:.1%}",
+        f"{result.skipped_ratio:.1%}",
     )
 
 

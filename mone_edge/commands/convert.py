@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from mone_edge.recipe import Recipe
     from mone_edge.source import Checkpoint, Source
 
-PLAN_FIELDS = ("prune_ratio", "method", "scope", "replacement", "protect", "protect_super")
+PLAN_FIELDS = (
+    "prune_ratio", "method", "scope", "replacement", "protect", "protect_super", "pretrained",
+)  # fmt: skip
 SIZE = re.compile(r"(\d+)([KMG]?)", re.I)
 
 
@@ -43,6 +45,10 @@ SIZE = re.compile(r"(\d+)([KMG]?)", re.I)
 @click.option("--novices", type=click.Path(path_type=Path), help="Of the plan, from `fit`.")
 @calibration_options
 @click.option("--recipe", type=click.Path(path_type=Path), help="Options from a YAML file.")
+@click.option(
+    "--skip-threshold", type=click.FloatRange(0, 1, max_open=True), default=0.0, metavar="BETA",
+    help="Run no expert whose gate weight is below this share of the token's largest; 0: all run.",
+)  # fmt: skip
 @click.option("--imatrix", default="auto", show_default=True, metavar="auto|none|FILE")
 @click.option("--tensor-type", multiple=True, metavar="RE=TYPE", help="As llama-quantize's.")
 @click.option("--split-max-size", default="0", metavar="N[K|M|G]", help="Bytes of each part.")
@@ -92,8 +98,9 @@ def command(
     source = resolve(model, offline=offline)
     chosen = _recipe(ctx, source, options, recipe)
     chosen = dataclasses.replace(chosen, outtype=_file_types(source, chosen.outtype))
-    if again := _quantised_twice(source, chosen.outtype):
-        console.warn(again)
+    for warning in (_quantised_twice(source, chosen.outtype), _skipping_lost(source, chosen)):
+        if warning:
+            console.warn(warning)
     if isinstance(source, Checkpoint) and source.is_pruned:
         plan = _plan_inside(ctx, source, plan_file)
         if stats is None and chosen.imatrix == "auto":
@@ -109,13 +116,15 @@ def command(
     inputs += _recipe_to_keep(recipe, chosen)
     _require_places(outfiles.values(), inputs, recipe, force=force, split=split_max_bytes > 0)
     whole = source.open(tokenizer_pre=chosen.tokenizer_pre)
-    rehearsal = pipeline.rehearse(source, whole, chosen, outfiles, plan)
+    pretrained = "" if plan else chosen.pretrained
+    change = pipeline.router_change(source, pretrained, offline=offline)
+    rehearsal = pipeline.rehearse(source, whole, chosen, outfiles, plan, change)
     convert.require_space(rehearsal)
     if dry_run:
         _tell_estimate(console, rehearsal)
         return
     how = Means(device, threads, offline)
-    measured, decided = decide(console, source, chosen, plan, stats, how)
+    measured, decided = decide(console, source, chosen, plan, stats, how, change)
     fitted = fitted_novices(console, source, chosen, decided, novices, how)
     jobs = convert.prepare(
         source, chosen, outfiles, whole=whole, plan=decided, stats=measured, fitted=fitted
@@ -205,6 +214,19 @@ def _quantised_twice(source: "Source", outtypes: tuple[str, ...]) -> str:
     return (
         f"{source.name} is quantised ({source.file_type}); --outtype {lossy[0]} quantises it a "
         "second time, which loses more than once from the original"
+    )
+
+
+def _skipping_lost(source: "Source", recipe: "Recipe") -> str:
+    """A warning where the input skips experts and the result will not; else empty."""
+    from mone_edge.skipping import threshold_of
+
+    has = threshold_of(source.path) if source.keeps_types else 0.0
+    if not has or recipe.skip_threshold:
+        return ""
+    return (
+        f"{source.name} skips experts below {has:.3g} of the largest gate weight; the result runs "
+        f"them all, but with --skip-threshold {has:.3g}"
     )
 
 

@@ -4,6 +4,7 @@ Each is the user's where given, else from the cache, else made now and cached. A
 goes on when the same command runs again.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from mone_edge.plan import PrunePlan
     from mone_edge.recipe import Recipe
     from mone_edge.source import Source
-    from mone_edge.stats import ExpertStats
+    from mone_edge.stats import ExpertStats, Float
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,12 @@ def decide(
     plan: "PrunePlan | None",
     stats: Path | None,
     how: Means,
+    change: "Mapping[int, Float] | None" = None,
 ) -> "tuple[ExpertStats | None, PrunePlan | None]":
-    """Statistics and plan: the user's where given, else from the cache or measured now."""
+    """Statistics and plan: the user's where given, else from the cache or measured now.
+
+    `change` is what the method router-norm ranks by (`pipeline.router_change`).
+    """
     from mone_edge import pipeline, pruned_checkpoint
     from mone_edge.source import Checkpoint
     from mone_edge.stats import ExpertStats
@@ -57,8 +62,9 @@ def decide(
         else:
             stats.parent.mkdir(parents=True, exist_ok=True)
             measured = measure(console, source, recipe, stats, how)
-    decided = pipeline.plan_from_stats(recipe, measured, stats) if recipe.prune_ratio else None
-    return measured, decided
+    if not recipe.prune_ratio:
+        return measured, None
+    return measured, pipeline.plan_from_stats(recipe, measured, stats, change)
 
 
 def measure(

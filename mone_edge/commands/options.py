@@ -32,7 +32,7 @@ def calibration_options(command: Command) -> Command:
 
 
 def plan_options(command: Command) -> Command:
-    """--prune-ratio, --method, --scope, --replacement, --protect and --protect-super."""
+    """--prune-ratio, --method, --scope, --replacement, --protect, --protect-super, --pretrained."""
     options = [
         click.option(
             "--prune-ratio",
@@ -53,6 +53,12 @@ def plan_options(command: Command) -> Command:
         click.option("--protect", default="", metavar="LAYERS", help="Left whole, as 0,2-4,-1."),
         click.option(
             "--protect-super", is_flag=True, help="Keep every expert with extreme activations."
+        ),
+        click.option(
+            "--pretrained",
+            default="",
+            metavar="MODEL",
+            help="Before fine-tuning; --method router-norm compares routers with it.",
         ),
     ]
     return _apply(options, command)

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from mone_edge.commands.options import plan_options
-from mone_edge.console import Console, common_options, force_option, table
+from mone_edge.console import Console, common_options, force_option, offline_option, table
 
 
 @click.command("plan")
@@ -18,6 +18,7 @@ from mone_edge.console import Console, common_options, force_option, table
     "--seed", type=click.IntRange(0), default=42, show_default=True, help="Of random and dek."
 )
 @force_option
+@offline_option
 @common_options
 def command(
     console: Console,
@@ -29,20 +30,28 @@ def command(
     replacement: str | None,
     protect: str,
     protect_super: bool,
+    pretrained: str,
     seed: int,
     force: bool,
+    offline: bool,
 ) -> None:
     """Decide from a STATS file which experts go and what replaces them.
 
     \b
     mone-edge plan stats.safetensors --prune-ratio 0.5 -o plan.json
+    mone-edge plan tuned.safetensors --method router-norm --pretrained ./OLMoE-1B-7B -o plan.json
     """
+    from mone_edge import pipeline
     from mone_edge.paths import require_writable
     from mone_edge.plan import make_plan, parse_layers
     from mone_edge.stats import ExpertStats, file_sha256
 
     require_writable(outfile, force=force, inputs=[stats])
     measured = ExpertStats.load(stats)
+    change = None
+    if pretrained:
+        tuned = pipeline.measured_model(measured, offline=offline)
+        change = pipeline.router_change(tuned, pretrained, offline=offline)
     plan = make_plan(
         measured,
         prune_ratio=prune_ratio,
@@ -52,6 +61,8 @@ def command(
         seed=seed,
         protect=parse_layers(protect, list(measured.layers)),
         protect_super=protect_super,
+        pretrained=pretrained,
+        router_change=change,
         stats_path=str(stats.resolve()),
         stats_sha256=file_sha256(stats),
     )

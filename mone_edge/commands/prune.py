@@ -104,13 +104,19 @@ def _prune_gguf(
     outfile: Path,
     force: bool,
 ) -> None:
-    from mone_edge import convert, pipeline
+    from mone_edge import convert, pipeline, skipping
     from mone_edge.paths import require_writable
     from mone_edge.quantize import KEEP
     from mone_edge.recipe import Recipe
 
     require_writable(outfile, force=force)
-    recipe = Recipe(model=source.name, outtype=(KEEP,), imatrix="none", **plan_fields(plan))
+    recipe = Recipe(
+        model=source.name,
+        outtype=(KEEP,),
+        skip_threshold=skipping.threshold_of(source.path),
+        imatrix="none",
+        **plan_fields(plan),
+    )
     measured = pipeline.stats_of_plan(plan, stats)
     jobs = convert.prepare(
         source, recipe, {KEEP: outfile}, plan=plan, stats=measured, fitted=fitted
