@@ -13,9 +13,8 @@ import numpy as np
 
 from mone_edge import runtime
 from mone_edge.quantize import quantize_rows
-from tests.runtime.pristine import compile_quantisers, quantise
+from tests.runtime.pristine import TYPES, compile_quantisers, quantise
 
-TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 SHAPE, RUNS = (256, 2048), 5
 
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from mone_edge import runtime
 from mone_edge.quantize import quantize_rows
-from tests.runtime.pristine import compile_quantisers, quantise
+from tests.runtime.pristine import TYPES, compile_quantisers, quantise
 
 COLUMNS, ROWS = 4096, 24
 KINDS = ("normal", "bfloat16", "skewed", "sparse", "flat", "zero", "positive", "negative")
@@ -52,7 +52,7 @@ def importance(kind: str, rng: np.random.Generator) -> NDArray[np.float32] | Non
     return None if kind == "none" else values.astype(np.float32)
 
 
-@pytest.mark.parametrize("dtype", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
+@pytest.mark.parametrize("dtype", TYPES)
 def test_the_bytes_are_those_of_unpatched_llama_cpp(pristine: ctypes.CDLL, dtype: str) -> None:
     rng = np.random.default_rng(0)
     for kind in KINDS:
