@@ -2,8 +2,9 @@
 
 The same tokens through a random `olmoe` model of four layers (width 1024, 64 experts of 512, top-8,
 float32), in alternation: transformers' forward pass with its eager experts, with its default ones
-(grouped_mm), and `mone-edge stats`' own collection. CPU time of the process and wall time; the
-median of the ratios. Not a test: minutes, and the numbers are the machine's.
+(grouped_mm), `mone-edge stats`' own collection, and the part of it that is the same for any number
+of tokens: all experts on a sample. CPU time of the process and wall time; the median of the ratios.
+Not a test: minutes, and the numbers are the machine's.
 """
 
 import statistics
@@ -16,6 +17,8 @@ import numpy as np
 import torch
 
 from mone_edge.calibration import Batches
+from mone_edge.collect import sampling
+from mone_edge.collect.experts import experts_modules
 from mone_edge.collect.torch_model import BATCH_TOKENS, collect_loaded
 
 SHAPE = {
@@ -54,6 +57,14 @@ def measure(model: Any, tokens: torch.Tensor) -> None:
     collect_loaded(model, Batches(rows, ("random",), "", 0, *rows.shape, rows.size))
 
 
+def sample(model: Any) -> None:
+    """All experts of every layer on sampled tokens."""
+    inputs = torch.randn(sampling.TOKENS, SHAPE["hidden_size"])
+    with torch.inference_mode():
+        for name, _ in experts_modules(model).values():
+            sampling.sums(model, name, inputs)
+
+
 def timed(work: Callable[[], None]) -> tuple[float, float]:
     wall, cpu = time.perf_counter(), time.process_time()
     work()
@@ -68,6 +79,7 @@ def main(rounds: int) -> None:
         "eager forward": lambda: forward(model, tokens, "eager"),
         "grouped_mm forward": lambda: forward(model, tokens, "grouped_mm"),
         "statistics": lambda: measure(model, tokens),
+        "of them, sampling": lambda: sample(model),
     }
     for work in works.values():
         work()  # warm
