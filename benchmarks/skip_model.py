@@ -15,7 +15,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from mone_edge.quantize import NOVICE_BLOCK, quantize_rows
+from mone_edge.quantize import NOVICE_BLOCK, quantize_rows, stored_rank
 
 LOGIT_STD = 2.0
 DRAWS = 20_000
@@ -109,8 +109,8 @@ def write(
             bias = np.zeros((shape.experts, shape.width), np.float32)
             writer.add_tensor(f"{block}.ffn_down_exps.bias", bias)
         if pruned and rank:
-            novices = shape.experts - kept
-            for part, sides in (("down", (rank, shape.width)), ("up", (shape.width, rank))):
+            novices, stored = shape.experts - kept, stored_rank(rank)
+            for part, sides in (("down", (stored, shape.width)), ("up", (shape.width, stored))):
                 kind = "F16" if sides[-1] % NOVICE_BLOCK else "Q8_0"  # as `convert` has them
                 put(writer, f"{block}.ffn_novice_{part}.weight", (novices, *sides), kind)
     writer.write_header_to_file()

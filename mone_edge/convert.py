@@ -192,6 +192,7 @@ def _job(
             for name, tensor in model.tensors.items()
         }
     else:
+        model = quantize.pad_novices(model)
         types = quantize.tensor_types(
             model,
             outtype,
