@@ -1,8 +1,9 @@
 """Seed files of the fuzzer: tiny pruned models, and the bytes of them that may be changed.
 
 In: a folder. Out: GGUFs in it, `x.gguf.ranges` beside each: the header's counts, the whole of
-`expert_kept_count`, the tensor infos (name, shape, type, offset) of routers, experts, novices and
-`eid2slot`, and the values of the latter. Other keys are llama.cpp's own business.
+`expert_kept_count` and `expert_skip_threshold`, the tensor infos (name, shape, type, offset) of
+routers, experts, novices and `eid2slot`, and the values of the latter. Other keys are llama.cpp's
+own business.
 """
 
 from collections.abc import Iterator
@@ -35,6 +36,8 @@ def models() -> Iterator[tuple[str, tiny.Model, tuple[int, ...], str]]:
     yield "novices", low_rank, EMPTY, "F16"
     ordered = tiny.pruned(tiny.stored_in_order(grouped, everywhere), KEPT)
     yield "slots", ordered, KEPT, "Q8_0"
+    keyed = replace(low_rank, keys=low_rank.keys | {"expert_skip_threshold": 0.5})
+    yield "skipping", keyed, EMPTY, "Q8_0"
     grove = tiny.pruned(tiny.stored_in_order(tiny.grovemoe(), everywhere), KEPT)
     yield "grove", grove, KEPT, "F32"
 
@@ -58,6 +61,8 @@ def ranges(path: Path) -> Iterator[tuple[int, int]]:
         if name.endswith(".expert_kept_count"):
             yield extent(key)
             yield from ((int(key.offset) + 8, extent(key)[1]),) * 8
+        if name.endswith(".expert_skip_threshold"):
+            yield extent(key)
     for tensor in reader.tensors:
         if any(part in tensor.name for part in OURS):
             yield extent(tensor.field)
