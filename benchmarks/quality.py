@@ -3,33 +3,37 @@
     python -m benchmarks.quality MODEL RESULTS.json --work DIR [--ratio 0.5 --method mone ...]
 
 MODEL is a checkpoint folder or `demo`. Each variant is pruned in memory (torch, float32) and reads
-the same chunks of text as the unpruned model, the second half of each scored: increase of the
-log-perplexity, and KL divergence from the unpruned model. `--seed`, which may be repeated, draws
-other calibration text. With `--equal-bytes`, after each low-rank variant comes `mean` on a plan
-that keeps as many more experts as the novices' matrices take room for. RESULTS.json is written
-after each variant; started again, the run goes on. The tables it holds:
+the same chunks of text as the unpruned model; all but the first eighth of each is scored: increase
+of the log-perplexity, KL divergence from the unpruned model, share of positions with the same most
+likely token. Without `--seed` (which draws other calibration text), `--ratio`, `--method` and
+`--replacement`, all of which may be repeated, the variants of docs/quality.md are measured; with
+`--equal-bytes`, after each low-rank variant come constants on plans that keep as many more experts
+as the novices' matrices take room for in a Q4_K_M file. RESULTS.json is written after each variant;
+started again, the run goes on. The tables it holds:
 
-    python -m benchmarks.quality --table RESULTS.json
+    python -m benchmarks.quality --table RESULTS.json     # several files: side by side
 
 What the regression of one expert costs, on random numbers: `--cost WIDTH`.
 """
 
 import argparse
 import copy
+import itertools
 import json
 import math
 import resource
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from mone_edge import calibration, demo, novices, regression
+from mone_edge import calibration, demo, novices, regression, selection
 from mone_edge.collect.experts import experts_modules
 from mone_edge.collect.fitting import fit_checkpoint
 from mone_edge.collect.loading import load_model
@@ -40,53 +44,86 @@ from mone_edge.paths import atomic_write
 from mone_edge.plan import PrunePlan, make_plan
 from mone_edge.recipe import MERGING, low_rank
 from mone_edge.regression import Moments
-from mone_edge.scoring import chunk_ids, kl_divergence, log_softmax
+from mone_edge.scoring import chunk_ids
+from mone_edge.selection import ROUTER_NORM
 from mone_edge.source import Checkpoint, resolve
 from mone_edge.stats import ExpertStats
 
-METHODS = ("mone", "routing-score", "reap", "replacement-error", "joint", "random", *MERGING)
+if TYPE_CHECKING:
+    from torch import Tensor
+
+UNSCORED = 8  # the first eighth of each chunk is context only
+EXPERT_BITS, NOVICE_BITS = 4.5, 8.5  # a weight, in a Q4_K_M file
+BATCH_TOKENS, ROWS = 8192, 512  # of a forward pass, and of logits at a time
+SEEDS, RATIOS = (1, 2, 3), (0.5, 0.25)
+MAIN = ("mone", "routing-score", "reap", "joint")
+METHODS = tuple(name for name in selection.METHODS if name not in (ROUTER_NORM, *MERGING))
+RIVALS = (("mone", "mean"), ("joint", "gate2-mean"))
 REPLACEMENTS = ("drop", "zero", "mean", "gate2-mean", "rank-4", "rank-16")
 MEASURES = {"log_ppl": "Increase of the log-perplexity", "kld": "KL divergence"}
 
 
-@dataclass(frozen=True)
 class Scorer:
-    """The chunks of a text, and what the unpruned model makes of them."""
+    """Chunks of a text, and what the unpruned model makes of them.
 
-    chunks: list[list[int]]
-    base: np.ndarray  # [chunks, n_ctx / 2 - 1, vocabulary] log-probabilities, in a file
+    Args:
+        chunks: [chunks, n_ctx] token ids; all but the first `n_ctx / UNSCORED` of each are scored.
+    """
 
-    def log_ppl(self) -> float:
-        """Of the unpruned model."""
-        rows = np.arange(self.base.shape[1])
-        chosen = [
-            base[rows, np.array(chunk[-len(base) :])]
-            for chunk, base in zip(self.chunks, self.base, strict=True)
-        ]
-        return -float(np.concatenate(chosen).mean(dtype=np.float64))
+    def __init__(self, network: Any, chunks: "Tensor") -> None:
+        self.chunks, self.first = chunks, chunks.shape[1] // UNSCORED
+        self.head = network.get_output_embeddings()
+        # final hidden states, not logits: those of a large vocabulary would fill the disk
+        self.base = [self._hidden(network, part) for part in self._batches()]
+        self.log_ppl = -float(np.concatenate([self._gains(h, i) for i, h in self._pairs()]).mean())
 
-    def score(self, model: TorchModel) -> dict[str, float]:
-        gaps, divergences = [], []
-        for chunk, base in zip(self.chunks, self.base, strict=True):
-            ours = second_half(model, chunk)
-            targets = np.array(chunk[-len(ours) :])
-            rows = np.arange(len(ours))
-            gaps.append((base[rows, targets] - ours[rows, targets]).astype(np.float64))
-            divergences.append(kl_divergence(base, ours))
+    def _batches(self) -> "tuple[Tensor, ...]":
+        return self.chunks.split(max(1, BATCH_TOKENS // self.chunks.shape[1]))
+
+    def _pairs(self) -> "Iterator[tuple[Tensor, Tensor]]":
+        return zip(self._batches(), self.base, strict=True)
+
+    def _hidden(self, network: Any, ids: "Tensor") -> "Tensor":
+        """Final hidden states that predict the scored tokens: [chunks, scored, width]."""
+        import torch
+
+        with torch.inference_mode():
+            return network.base_model(input_ids=ids, use_cache=False)[0][:, self.first : -1].clone()
+
+    def _gains(self, hidden: "Tensor", ids: "Tensor") -> NDArray[np.float64]:
+        """Log-probability of each scored token."""
+        targets = ids[:, self.first + 1 :].reshape(-1, 1)
+        rows = zip(hidden.flatten(0, 1).split(ROWS), targets.split(ROWS), strict=True)
+        return np.concatenate(
+            [self._log_softmax(h).gather(1, t)[:, 0].double().numpy() for h, t in rows]
+        )
+
+    def _log_softmax(self, hidden: "Tensor") -> "Tensor":
+        import torch
+
+        with torch.inference_mode():
+            return torch.log_softmax(self.head(hidden), -1)
+
+    def score(self, network: Any) -> dict[str, float]:
+        """Of a pruned model, against the unpruned one."""
+        gaps, divergences, same = [], [], []
+        for ids, base in self._pairs():
+            hidden = self._hidden(network, ids)
+            gaps.append(self._gains(base, ids) - self._gains(hidden, ids))
+            for theirs, ours in zip(
+                base.flatten(0, 1).split(ROWS), hidden.flatten(0, 1).split(ROWS), strict=True
+            ):
+                p, q = self._log_softmax(theirs), self._log_softmax(ours)
+                divergences.append((p.exp() * (p - q)).sum(-1).double().numpy())
+                same.append((p.argmax(-1) == q.argmax(-1)).numpy())
         gap, divergence = np.concatenate(gaps), np.concatenate(divergences)
-        return {
-            "log_ppl": float(gap.mean()),
-            "log_ppl_stderr": float(gap.std() / math.sqrt(len(gap))),
-            "kld": float(divergence.mean()),
-            "kld_stderr": float(divergence.std() / math.sqrt(len(divergence))),
-            "tokens": len(gap),
+        measured = {"log_ppl": gap, "kld": divergence, "same_top": np.concatenate(same)}
+        means = {name: float(values.mean()) for name, values in measured.items()}
+        errors = {
+            f"{name}_stderr": float(values.std() / math.sqrt(len(values)))
+            for name, values in measured.items()
         }
-
-
-def second_half(model: TorchModel, chunk: list[int]) -> np.ndarray:
-    """Log-probabilities that predict the tokens behind the middle of a chunk."""
-    tokens = chunk if model.bos_id is None else [model.bos_id, *chunk[1:]]
-    return log_softmax(model.logits(tokens, len(chunk) // 2)[:-1])
+        return means | errors | {"tokens": len(gap)}
 
 
 @dataclass(frozen=True)
@@ -122,8 +159,7 @@ class Run:
         self.document["about"] = {
             "model": source.architecture,
             "calibration_tokens": arguments.samples * arguments.seq_len,
-            "scored_tokens": len(self.scorer.chunks) * self.scorer.base.shape[1],
-            "log_ppl": self.scorer.log_ppl(),
+            "log_ppl": self.scorer.log_ppl,
         }
 
     def batches(self, seed: int) -> calibration.Batches:
@@ -146,15 +182,14 @@ class Run:
         return self.measured[seed]
 
     def _scorer(self, text: Path, count: int) -> Scorer:
+        import torch
+
         model, n_ctx = TorchModel(self.network, self.tokenizer), self.arguments.ctx_size
         chunks = chunk_ids(model, text.read_text(encoding="utf-8"), n_ctx, None)
         chunks = chunks[:: max(1, len(chunks) // count)][:count]
-        path = self.work / "base.npy"
-        if not path.is_file():
-            base = np.stack([second_half(model, chunk) for chunk in chunks])
-            with atomic_write(path) as temporary, temporary.open("wb") as file:
-                np.save(file, base)
-        return Scorer(chunks, np.load(path, mmap_mode="r"))
+        if model.bos_id is not None:
+            chunks = [[model.bos_id, *chunk[1:]] for chunk in chunks]
+        return Scorer(self.network, torch.tensor(chunks))
 
     def measure(self, variant: Variant) -> float:
         """Measure one, unless it is there; returns the share of expert weights that it stores."""
@@ -174,7 +209,7 @@ class Run:
                 network = copy.deepcopy(network)
             novices.apply(network, plan, stats, fitted)
             row = asdict(variant) | {"stored": stored(self.network, plan, fitted)}
-            row |= self.scorer.score(TorchModel(network, self.tokenizer))
+            row |= self.scorer.score(network)
             row |= fitted.summary() if fitted else {}
             self.document["rows"][variant.name] = row
             with atomic_write(self.arguments.results) as temporary:
@@ -193,15 +228,47 @@ class Run:
 
 
 def stored(network: Any, plan: PrunePlan, fitted: LowRankNovices | None) -> float:
-    """Weights of experts and of novices' matrices, as a share of all experts' weights."""
-    whole = kept = 0
+    """What experts and novices' matrices take in a file, as a share of all experts."""
+    whole = kept = 0.0
     for layer, (_, module) in experts_modules(network).items():
         size = sum(p.numel() for p in module.parameters(recurse=False))
         whole += size
         kept += size // plan.num_experts[layer] * len(plan.kept[layer])
         if fitted and layer in fitted.layers:
-            kept += fitted.layers[layer].down.size + fitted.layers[layer].up.size
+            matrices = fitted.layers[layer].down.size + fitted.layers[layer].up.size
+            kept += matrices * NOVICE_BITS / EXPERT_BITS
     return kept / whole
+
+
+def variants(arguments: argparse.Namespace) -> Iterator[Variant]:
+    """What the options name; without any of them, what docs/quality.md shows."""
+    options = (arguments.seed, arguments.ratio, arguments.method, arguments.replacement)
+    if any(options):
+        seeds, ratios, methods, replacements = (
+            given or default
+            for given, default in zip(
+                options, (SEEDS[:1], RATIOS, METHODS, REPLACEMENTS), strict=True
+            )
+        )
+        yield from _product(seeds, ratios, methods, replacements)
+        return
+    for seed in SEEDS:
+        yield from _product([seed], RATIOS, MAIN, ("drop", "mean", "gate2-mean", "rank-16"))
+        yield from _product([seed], RATIOS, MERGING, ())
+        if seed == SEEDS[0]:
+            yield from _product([seed], RATIOS[:1], METHODS, ("drop", "mean", "gate2-mean"))
+            yield from _product([seed], RATIOS[:1], MAIN, ("zero", "rank-4", "rank-32"))
+
+
+def _product(
+    seeds: Sequence[int],
+    ratios: Sequence[float],
+    methods: Sequence[str],
+    replacements: Sequence[str],
+) -> Iterator[Variant]:
+    for seed, ratio, method in itertools.product(seeds, ratios, methods):
+        for replacement in ("merge",) if method in MERGING else replacements:
+            yield Variant(method, ratio, replacement, seed)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -209,17 +276,14 @@ def run(arguments: argparse.Namespace) -> None:
 
     torch.set_num_threads(arguments.threads)
     measured = Run(arguments)
-    for seed in arguments.seed:
-        for ratio in arguments.ratio:
-            for method in arguments.method:
-                for replacement in ("merge",) if method in MERGING else arguments.replacement:
-                    variant = Variant(method, ratio, replacement, seed)
-                    share = measured.measure(variant)
-                    if arguments.equal_bytes and low_rank(replacement) and share < 1:
-                        layers = measured.stats(seed).layers.values()
-                        experts = max(layer.num_experts for layer in layers)
-                        if count := math.floor(experts * (1 - share) + 1e-9):
-                            measured.measure(Variant(method, ratio, "mean", seed, count))
+    for variant in variants(arguments):
+        share = measured.measure(variant)
+        if arguments.equal_bytes and low_rank(variant.replacement) and share < 1:
+            layers = measured.stats(variant.seed).layers.values()
+            experts = max(layer.num_experts for layer in layers)
+            if count := math.floor(experts * (1 - share) + 1e-9):
+                for method, constant in RIVALS:
+                    measured.measure(Variant(method, variant.ratio, constant, variant.seed, count))
 
 
 def table(path: Path) -> None:
@@ -257,18 +321,48 @@ def _with_spread(values: Sequence[float]) -> str:
 
 
 def _equal_bytes(rows: list[dict[str, Any]]) -> None:
+    """Means over the seeds of what stores more than the kept experts, or keeps more experts."""
     print("\n**Equal bytes: low-rank novices, and constants with more experts kept**\n")
-    print("| removed | method | replacement | stored | log-ppl increase | KL divergence |")
-    print("|---|---|---|--:|--:|--:|")
+    print("| removed | novices | stored | log-ppl increase | KL divergence |")
+    print("|---|---|--:|--:|--:|")
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
         if row["removed"] or low_rank(row["replacement"]):
-            label = row["replacement"]
-            label += f", {row['removed']} removed a layer" if row["removed"] else ""
-            print(
-                f"| {row['ratio']:.0%} | `{row['method']}` | {label} | {row['stored']:.1%} "
-                f"| {row['log_ppl']:.4f} ± {row['log_ppl_stderr']:.4f} "
-                f"| {row['kld']:.4f} ± {row['kld_stderr']:.4f} |"
-            )
+            key = ("ratio", "method", "replacement", "removed")
+            groups.setdefault(tuple(row[k] for k in key), []).append(row)
+    for (ratio, method, replacement, removed), found in sorted(groups.items()):
+        label = f"{replacement}, {removed} removed a layer" if removed else replacement
+        stored = statistics.mean(row["stored"] for row in found)
+        measured = (_with_spread([row[name] for row in found]) for name in MEASURES)
+        cells = (f"{ratio:.0%}", f"`{method}` {label}", f"{stored:.1%}", *measured)
+        print(f"| {' | '.join(cells)} |")
+
+
+def compare(paths: Sequence[Path]) -> None:
+    """Markdown: the same variants in several files, such as those of other calibration text."""
+    documents = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+    for measure, title in MEASURES.items():
+        print(f"\n**{title}**\n")
+        print(f"| | | {' | '.join(documents)} |\n|---|---|{'--:|' * len(documents)}")
+        keys = [
+            tuple(row[k] for k in ("ratio", "method", "replacement"))
+            for document in documents.values()
+            for row in document["rows"].values()
+            if not row["removed"]
+        ]
+        for ratio, method, replacement in dict.fromkeys(keys):
+            cells = [
+                _with_spread(
+                    [
+                        row[measure]
+                        for row in document["rows"].values()
+                        if (row["ratio"], row["method"], row["replacement"], row["removed"])
+                        == (ratio, method, replacement, 0)
+                    ]
+                )
+                for document in documents.values()
+            ]
+            print(f"| {ratio:.0%} | `{method}` {replacement} | {' | '.join(cells)} |")
 
 
 def cost(width: int, tokens: int = 8192, rank: int = 64) -> None:
@@ -298,7 +392,7 @@ def main() -> None:
     )
     parser.add_argument("model", nargs="?")
     parser.add_argument("results", nargs="?", type=Path)
-    parser.add_argument("--table", type=Path, help="print what a results file holds")
+    parser.add_argument("--table", type=Path, nargs="+", help="print what results files hold")
     parser.add_argument("--cost", type=int, metavar="WIDTH", help="of fitting one expert")
     parser.add_argument("--work", type=Path, default=Path("quality-run"))
     parser.add_argument("--data", action="append", default=[], help="calibration text")
@@ -315,17 +409,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     if arguments.table:
-        table(arguments.table)
+        compare(arguments.table) if len(arguments.table) > 1 else table(*arguments.table)
         return
     if arguments.cost:
         cost(arguments.cost)
         return
     if not (arguments.model and arguments.results):
         parser.error("MODEL and RESULTS are needed")
-    arguments.ratio = arguments.ratio or [0.5, 0.25]
-    arguments.method = arguments.method or list(METHODS)
-    arguments.seed = arguments.seed or [42]
-    arguments.replacement = arguments.replacement or list(REPLACEMENTS)
     run(arguments)
 
 
