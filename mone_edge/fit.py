@@ -1,8 +1,9 @@
 """Moments of what pruned experts read and wrote -> the low-rank novices of a layer.
 
 In: for each pruned expert, moments of its inputs and outputs weighted by the squared gate weight,
-part of them held out. Out: `LayerNovices`. Decides the ranks; knows nothing about models, text or
-how moments are gathered (`collect.fitting`, `collect.gguf_fitting`).
+part of them held out. Out: `LayerNovices`. Decides the ranks, and under the method "novice-error"
+which experts go; knows nothing about models, text or how moments are gathered (`collect.fitting`,
+`collect.gguf_fitting`).
 
 The weight makes the regression minimise `sum g^2 ||f - novice(x)||^2`, what the layer's output
 loses. An expert keeps as many components as lower its held-out error, none if none does: what has
@@ -17,8 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mone_edge.low_rank import LayerNovices
-from mone_edge.recipe import rank_of
+from mone_edge.plan import PrunePlan
+from mone_edge.recipe import NOVICE_ERROR, rank_of
 from mone_edge.regression import LowRank, Moments, fit
+
+Pairs = Iterable[tuple[Moments, Moments]]
 
 RANKS = (4, 8, 16, 32, 64)  # that "rank" chooses from; 32 and 64 fit the blocks of Q8_0
 WORTH = 0.95
@@ -64,18 +68,53 @@ class Limits:
         return max(r for r in (0, *RANKS) if r <= rank)
 
 
-def layer_novices(pairs: Iterable[tuple[Moments, Moments]], limits: Limits) -> LayerNovices:
-    """Fit every pruned expert of a layer.
+def candidates(plan: PrunePlan, layer: int) -> tuple[int, ...]:
+    """The experts of a layer that are fitted: those that go, or all that the fit chooses from."""
+    chooses = plan.method == NOVICE_ERROR and plan.pruned(layer)
+    return tuple(range(plan.num_experts[layer])) if chooses else plan.pruned(layer)
+
+
+def plan_novices(
+    plan: PrunePlan, layer: int, pairs: Pairs, limits: Limits
+) -> tuple[tuple[int, ...], LayerNovices]:
+    """Fit a layer's `candidates`: the ids of the experts that go, and their novices.
+
+    Under "novice-error" those go whose novices leave the least held-out error, in units of the
+    layer's output, so that the experts of a layer can be compared.
+
+    Args:
+        pairs: (to fit, held out) of each candidate, ids ascending; read one at a time.
+    """
+    ids = candidates(plan, layer)
+    fits, tokens = _fit_each(pairs, limits)
+    left = [float(found.errors.min()) for found in fits]
+    count = len(plan.pruned(layer))
+    places = sorted(sorted(range(len(ids)), key=lambda place: (left[place], -place))[:count])
+    chosen = [fits[place] for place in places], [tokens[place] for place in places]
+    return tuple(ids[place] for place in places), _novices(*chosen, limits)
+
+
+def layer_novices(pairs: Pairs, limits: Limits) -> LayerNovices:
+    """Fit every one of some experts of a layer.
 
     Args:
         pairs: (to fit, held out) of each expert, ids ascending; read one at a time.
         limits: what ranks may be.
     """
+    return _novices(*_fit_each(pairs, limits), limits)
+
+
+def _fit_each(pairs: Pairs, limits: Limits) -> tuple[list[LowRank], list[int]]:
+    """The fits of the experts, and the tokens that each has seen."""
     fits: list[LowRank] = []
     tokens: list[int] = []
     for train, judge in pairs:
         fits.append(fit(train, judge, limits.largest))
         tokens.append(train.pairs + judge.pairs)
+    return fits, tokens
+
+
+def _novices(fits: list[LowRank], tokens: list[int], limits: Limits) -> LayerNovices:
     width = limits.choose([found.errors for found in fits])
     ranks = [int(found.errors[: width + 1].argmin()) for found in fits]
     width = width if any(ranks) else 0

@@ -9,7 +9,7 @@ The file is mapped, not read: a layer takes memory when it is used.
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from mone_edge.documents import parse_json, reason, require_keys
 from mone_edge.errors import MoneEdgeError
 from mone_edge.paths import atomic_write, is_file
 from mone_edge.plan import PrunePlan
+from mone_edge.recipe import NOVICE_ERROR
 from mone_edge.safetensors_header import TensorRef, read_header
 from mone_edge.stats import Provenance
 
@@ -103,6 +104,26 @@ class LowRankNovices:
                     f"{len(self.pruned.get(layer, ()))} experts, other than the "
                     f"{len(plan.pruned(layer))} that it prunes; fit them again: mone-edge fit"
                 )
+
+    def decide(self, plan: PrunePlan) -> PrunePlan:
+        """The plan, with the experts that the fit chose if that was left to it ("novice-error").
+
+        Raises:
+            MoneEdgeError: the plan removes another number of a layer's experts.
+        """
+        if plan.method != NOVICE_ERROR:
+            return plan
+        kept: dict[int, tuple[int, ...]] = {}
+        for layer, experts in plan.num_experts.items():
+            gone = set(self.pruned.get(layer, ()))
+            kept[layer] = tuple(i for i in range(experts) if i not in gone)
+            if len(kept[layer]) != len(plan.kept[layer]) or not gone <= set(range(experts)):
+                raise MoneEdgeError(
+                    f"the novices are of another plan: in layer {layer} they stand for {len(gone)} "
+                    f"experts, the plan prunes {len(plan.pruned(layer))} of {experts}; fit them "
+                    "again: mone-edge fit"
+                )
+        return dataclasses.replace(plan, kept=kept)
 
     def summary(self) -> dict[str, Any]:
         """How the fit went: `novices`, `constants` among them, `ranks` (stored, least to most),
@@ -196,6 +217,20 @@ def empty_novices(pruned: int, inputs: int, outputs: int, rank: int) -> LayerNov
             for name, (_, kind) in DTYPES.items()
         }
     )
+
+
+def joined(
+    provenance: Provenance, plan: PrunePlan, parts: Iterable[LowRankNovices]
+) -> LowRankNovices:
+    """The novices of a plan's layers as one, checked; a layer left whole has no part."""
+    pruned: dict[int, tuple[int, ...]] = dict.fromkeys(plan.kept, ())
+    layers: dict[int, LayerNovices] = {}
+    for part in parts:
+        pruned |= part.pruned
+        layers |= part.layers
+    for layer in layers.values():
+        layer.check()
+    return LowRankNovices(provenance, plan.replacement, pruned, layers)
 
 
 def is_novices(path: Path) -> bool:

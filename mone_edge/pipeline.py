@@ -221,8 +221,8 @@ def stats_of_plan(plan: PrunePlan, given: Path | None) -> ExpertStats | None:
     return ExpertStats.load(path)
 
 
-def novices_of_plan(plan: PrunePlan, given: Path | None) -> LowRankNovices | None:
-    """The fitted novices that a plan needs, None if it needs none.
+def novices_of_plan(plan: PrunePlan, given: Path | None) -> tuple[PrunePlan, LowRankNovices | None]:
+    """The plan as the fit decided it, and the fitted novices that it needs, None if it needs none.
 
     Raises:
         MoneEdgeError: none are given where they are needed, or some where they are not.
@@ -233,9 +233,10 @@ def novices_of_plan(plan: PrunePlan, given: Path | None) -> LowRankNovices | Non
                 f"--novices {given}: the plan says --replacement {plan.replacement}, which has "
                 "no fitted novices"
             )
-        return None
+        return plan, None
     fitted = LowRankNovices.load(given) if given else None
-    return novices.require_fitted(plan, fitted)
+    plan = fitted.decide(plan) if fitted else plan
+    return plan, novices.require_fitted(plan, fitted)
 
 
 def rehearse(

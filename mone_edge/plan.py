@@ -24,6 +24,7 @@ from mone_edge.paths import atomic_write, is_file
 from mone_edge.recipe import (
     CUTTING,
     MERGING,
+    NOVICE_ERROR,
     REPLACEMENTS,
     SCOPES,
     contradiction,
@@ -245,7 +246,7 @@ def make_plan(
     """
     guarded = tuple(sorted(set(protect)))
     replacement = replacement or default_replacement(method)
-    _check_choices(stats, prune_ratio, method, scope, replacement, guarded)
+    _check_choices(stats, prune_ratio, method, scope, replacement, guarded, protect_super)
     _check_routers(stats, method, router_change)
     num_experts = {index: layer.num_experts for index, layer in sorted(stats.layers.items())}
     top_k = max(layer.top_k for layer in stats.layers.values())
@@ -331,6 +332,7 @@ def _check_choices(
     scope: str,
     replacement: str,
     protect: tuple[int, ...],
+    protect_super: bool,
 ) -> None:
     for option, value, known, right in (
         ("method", method, METHODS, method in METHODS),
@@ -353,6 +355,11 @@ def _check_choices(
         )
     if said := contradiction(method, replacement):
         raise UsageError(said)
+    if method == NOVICE_ERROR and protect_super:
+        raise UsageError(
+            f"--protect-super looks for experts in the statistics, and with --method {method} the "
+            "fit chooses later; use one of them"
+        )
     if replacement in CUTTING and (scope != "layer" or protect) and prune_ratio > 0:
         cause = f"--scope {scope}" if scope != "layer" else "--protect"
         other = "use --replacement mean, or " if replacement == "drop" else ""

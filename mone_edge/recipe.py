@@ -20,6 +20,7 @@ from mone_edge.paths import atomic_write
 SCOPES = ("layer", "model", "error")
 REPLACEMENTS = ("mean", "gate2-mean", "zero", "drop", "merge", "rank", "rank-R")
 CUTTING = ("drop", "merge")  # replacements that leave an ordinary model with fewer experts
+NOVICE_ERROR = "novice-error"  # the method whose experts the fit of their novices chooses
 DEK, M_SMOE, HC_SMOE = MERGING = ("dek", "m-smoe", "hc-smoe")  # methods that group experts
 MEASURED = ("mean", "gate2-mean")  # replacements whose vectors come from statistics
 LOW_RANK = re.compile(r"rank(?:-([1-9]\d{0,3}))?")
@@ -37,6 +38,8 @@ def low_rank(replacement: str) -> bool:
 
 def default_replacement(method: str) -> str:
     """What `--replacement` is where it is not given."""
+    if method == NOVICE_ERROR:
+        return "rank"
     return "merge" if method in MERGING else "mean"
 
 
@@ -46,6 +49,11 @@ def contradiction(method: str, replacement: str) -> str:
         return (
             f"--method {method} merges experts, which --replacement {replacement} does not; leave "
             "--replacement out"
+        )
+    if method == NOVICE_ERROR and not low_rank(replacement):
+        return (
+            f"--method {method} compares what low-rank novices leave of each expert, and "
+            f"--replacement {replacement} has none; use --replacement rank (or rank-16)"
         )
     if replacement == "merge" and method not in MERGING:
         return (

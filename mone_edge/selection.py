@@ -13,6 +13,9 @@ goes to the next best of the experts that stay, with weights that are normalised
 keeps the rest of its experts with the weights that they had. That is what `--replacement zero`
 computes, and `joint` for it; products of different experts are known around their means
 (`criteria.error_matrix`).
+
+`novice-error` has `fit` choose among all experts of a layer: here only how many go is decided, by
+`replacement-error`.
 """
 
 import math
@@ -25,7 +28,7 @@ import numpy as np
 from mone_edge import joint
 from mone_edge.criteria import CRITERIA, error_matrix
 from mone_edge.errors import UsageError
-from mone_edge.recipe import CUTTING, MERGING
+from mone_edge.recipe import CUTTING, MERGING, NOVICE_ERROR
 from mone_edge.stats import Float, LayerStats
 
 if TYPE_CHECKING:
@@ -33,7 +36,7 @@ if TYPE_CHECKING:
 
 JOINT, RECONSTRUCTION = SETS = ("joint", "reconstruction")  # they choose sets, not one by one
 ROUTER_NORM = "router-norm"  # its scores come from the weights, not from statistics
-METHODS = (*CRITERIA, ROUTER_NORM, *SETS, *MERGING)
+METHODS = (*CRITERIA, ROUTER_NORM, NOVICE_ERROR, *SETS, *MERGING)
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,8 @@ class LayerChoice:
     def _scores(self) -> Float:
         if self.choice.method == ROUTER_NORM:
             return self.choice.router_change[self.index]
+        if self.choice.method == NOVICE_ERROR:  # how many go; `fit` says which
+            return CRITERIA["replacement-error"](self.layer, np.random.default_rng())
         rng = np.random.default_rng([self.choice.seed, self.index])
         return CRITERIA[self.choice.method](self.layer, rng)
 

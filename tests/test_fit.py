@@ -19,7 +19,7 @@ from mone_edge.collect.experts import experts_modules, run_expert
 from mone_edge.collect.fitting import fit_checkpoint
 from mone_edge.collect.loading import load_model
 from mone_edge.collect.work import Work
-from mone_edge.errors import MoneEdgeError
+from mone_edge.errors import MoneEdgeError, UsageError
 from mone_edge.low_rank import LowRankNovices
 from mone_edge.plan import PrunePlan, make_plan
 from mone_edge.regression import Moments
@@ -244,6 +244,45 @@ def test_ranks_follow_what_held_out_tokens_say() -> None:
     assert constants.width == 0 and constants.up.shape == (1, 64, 0)
     assert fit.Limits("rank", 64, 64, 3 * 64 * 16).largest == 4
     assert fit.Limits("rank-99", 64, 48, 1).largest == 48
+
+
+def test_novice_error_has_those_go_whose_novices_leave_least(calibrated: Make) -> None:
+    """As many as the plan says; in units of the output, not in shares of what a constant leaves."""
+    limits = fit.Limits("rank-2", 64, 64, 100_000)
+    pairs = [moments(2000, relation, seed) for seed, relation in enumerate((3.0, 0.0, 2.0, 0.1))]
+    plan = dataclasses.replace(
+        uneven_plan(calibrated("olmoe").stats, "rank-2"),
+        method="novice-error",
+        num_experts={0: 4},
+        kept={0: (1, 2)},
+    )
+    shares = fit.layer_novices(pairs, limits).error
+    assert set(np.argsort(shares)[:2]) == {0, 2}
+    ids, layer = fit.plan_novices(plan, 0, pairs, limits)
+    assert ids == (1, 3) and len(layer.bias) == 2
+    np.testing.assert_array_equal(layer.error, shares[[1, 3]])
+
+
+def test_a_plan_takes_the_experts_that_the_fit_chose(calibrated: Make, tmp_path: Path) -> None:
+    model = calibrated("qwen2_moe")
+    plan = make_plan(
+        model.stats, prune_ratio=0.5, method="novice-error", replacement="rank-4", scope="model"
+    )
+    fitted = fitted_novices(model, plan, tmp_path / "w")
+    decided = fitted.decide(plan)
+    assert [len(ids) for ids in decided.kept.values()] == [len(ids) for ids in plan.kept.values()]
+    assert decided.kept != plan.kept
+    fitted.require_match(decided)
+    again = fitted_novices(model, dataclasses.replace(decided, method="mone"), tmp_path / "a")
+    for layer, novice in fitted.layers.items():
+        np.testing.assert_array_equal(again.layers[layer].down, novice.down)
+    less = {**plan.kept, 0: plan.kept[0][:1]}
+    with pytest.raises(MoneEdgeError, match="novices are of another plan: in layer 0"):
+        fitted.decide(dataclasses.replace(plan, kept=less))
+    with pytest.raises(UsageError, match="low-rank novices leave"):
+        make_plan(model.stats, method="novice-error", replacement="mean")
+    with pytest.raises(UsageError, match="--protect-super"):
+        make_plan(model.stats, method="novice-error", replacement="rank", protect_super=True)
 
 
 def test_files_of_novices(calibrated: Make, tmp_path: Path) -> None:

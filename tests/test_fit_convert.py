@@ -133,7 +133,9 @@ def tensors(path: Path) -> dict[str, Any]:
     return {t.name: (t.tensor_type, t.shape.tolist(), t.data.tobytes()) for t in found}
 
 
+@pytest.mark.parametrize("method", ["mone", "novice-error"])
 def test_all_roads_lead_to_one_file(
+    method: str,
     calibrated: Make,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -147,7 +149,7 @@ def test_all_roads_lead_to_one_file(
     text += ["--samples", "12", "--seq-len", "64", "--seed", "0"]
     name, stats = str(model.source.path), str(model.stats_file)
     common = ["--outtype", "Q8_0", "--tokenizer-pre", "gpt-2", "--imatrix", "none"]
-    how = ["--prune-ratio", "0.5", "--replacement", "rank"]
+    how = ["--prune-ratio", "0.5", "--replacement", "rank", "--method", method]
     assert run(["convert", name, *how, *text, *common, "--stats", stats, "-o", "a.gguf"]) == 0
     assert list((tmp_path / "cache/novices").glob("*.safetensors"))
     assert run(["plan", stats, *how, "-o", "p.json"]) == 0
@@ -170,8 +172,9 @@ def test_all_roads_lead_to_one_file(
     assert "has no fitted novices" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("method", ["mone", "novice-error"])
 def test_a_gguf_is_fitted_and_pruned_without_its_checkpoint(
-    calibrated: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, calibrated: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = calibrated("olmoe")
     monkeypatch.chdir(tmp_path)
@@ -181,7 +184,8 @@ def test_a_gguf_is_fitted_and_pruned_without_its_checkpoint(
         run(["convert", str(model.source.path), "--prune-ratio", "0", *common, "-o", "w.gguf"]) == 0
     )
     text = ["--data", str(model.stats_file.with_name("text.txt")), "--samples", "12"]
-    how = ["--prune-ratio", "0.5", "--replacement", "rank-32", "--seq-len", "64"]
+    how = ["--prune-ratio", "0.5", "--replacement", "rank-32", "--method", method]
+    how += ["--seq-len", "64"]
     assert run(["convert", "w.gguf", *how, *text, "-o", "rank.gguf"]) == 0
     assert (
         run(

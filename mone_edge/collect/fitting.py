@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mone_edge import fit, novices
+from mone_edge import fit, low_rank, novices
 from mone_edge.calibration import Batches
 from mone_edge.collect.experts import (
     experts_modules,
@@ -84,11 +84,7 @@ def fit_checkpoint(
     with open_work(work, key) as folder, torch.inference_mode():
         calls = LayerCalls(streamed, calibration, batch_tokens)
         run = _Run(streamed, made, plan, calls, folder, on_progress or (lambda done, total: None))
-        layers = run.all_layers()
-        for layer in layers.values():
-            layer.check()
-    pruned = {layer: plan.pruned(layer) for layer in plan.kept}
-    return LowRankNovices(made, plan.replacement, pruned, layers)
+        return run.all_layers()
 
 
 @dataclass
@@ -146,7 +142,7 @@ class _Run:
     folder: WorkFolder
     report: Progress
 
-    def all_layers(self) -> dict[int, LayerNovices]:
+    def all_layers(self) -> LowRankNovices:
         names = list(self.streamed.layers)
         block_of = {name: block for block, name in self.streamed.blocks.items()}
         pruned = [name for name in names if name in block_of and self.plan.pruned(block_of[name])]
@@ -158,8 +154,8 @@ class _Run:
             self.folder.save(layers=number + 1, shape=shape)
             self._hidden_file(number).unlink(missing_ok=True)
             self.report(number + 1, len(needed))
-        blocks = [block_of[name] for name in pruned]
-        return {block: LowRankNovices.load(self._file(block)).layers[block] for block in blocks}
+        parts = [LowRankNovices.load(self._file(block_of[name])) for name in pruned]
+        return low_rank.joined(self.made, self.plan, parts)
 
     def _layer(
         self, number: int, name: str, block: int | None, shape: list[int] | None
@@ -168,8 +164,7 @@ class _Run:
         self.streamed.load(name)
         if block is not None:
             module = experts_modules(self.streamed.model)[block][1]
-            pruned = self.plan.pruned(block)
-            found = self._fit(number, name, block, module, shape) if pruned else None
+            pruned, found = self._fit(number, name, block, module, shape)
             biases = found.bias if found else np.zeros((0, 1), np.float32)
             novices.install(module, pruned, biases, found, dtype=self.streamed.dtype)
         set_implementation(self.streamed.model, novices.implementation())
@@ -179,8 +174,10 @@ class _Run:
 
     def _fit(
         self, number: int, name: str, block: int, module: Any, shape: list[int] | None
-    ) -> LayerNovices:
-        """Record what the layer's experts read, and fit the pruned ones."""
+    ) -> tuple[tuple[int, ...], LayerNovices | None]:
+        """Record what the layer's experts read, and fit them: the ids that go, their novices."""
+        if not self.plan.pruned(block):
+            return (), None
         sample = _Sample(self.folder.path / "inputs.bin")
         tokens = self.calls.calibration.tokens.size
         set_implementation(self.streamed.model, IMPLEMENTATION)
@@ -193,14 +190,14 @@ class _Run:
                 f"block {block}: its experts saw {seen} of {tokens} tokens; this architecture "
                 "cannot be fitted"
             )
-        pruned = self.plan.pruned(block)
         limits = _limits(self.plan.replacement, module)
-        pairs = (_moments(module, expert, sample, tokens) for expert in pruned)
-        layer = fit.layer_novices(pairs, limits)
+        fitted = fit.candidates(self.plan, block)
+        pairs = (_moments(module, expert, sample, tokens) for expert in fitted)
+        pruned, layer = fit.plan_novices(self.plan, block, pairs, limits)
         sample.path.unlink()
         made = LowRankNovices(self.made, self.plan.replacement, {block: pruned}, {block: layer})
         made.save(self._file(block))
-        return layer
+        return pruned, layer
 
     def _run_on(self, number: int, name: str, shape: list[int] | None) -> list[int]:
         """Leave the layer's outputs in a file."""

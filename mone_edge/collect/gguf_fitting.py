@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mone_edge import fit, novices
+from mone_edge import fit, low_rank, novices
 from mone_edge.calibration import Batches
 from mone_edge.collect.gguf import ExpertObserver, provenance
 from mone_edge.collect.work import Work, WorkFolder, open_work, run_key
@@ -74,11 +74,7 @@ def fit_gguf(
             folder.save(layers=done)
             if on_progress is not None:
                 on_progress(len(done), len(wanted))
-        layers = {x: LowRankNovices.load(_file(folder, x)).layers[x] for x in wanted}
-        for found in layers.values():
-            found.check()
-    pruned = {layer: plan.pruned(layer) for layer in plan.kept}
-    return LowRankNovices(made, plan.replacement, pruned, layers)
+        return low_rank.joined(made, plan, [LowRankNovices.load(_file(folder, x)) for x in wanted])
 
 
 @dataclass(frozen=True)
@@ -88,10 +84,10 @@ class _Shape:
     experts: int
     limits: fit.Limits
 
-    def moment_bytes(self, pruned: int) -> int:
+    def moment_bytes(self, fitted: int) -> int:
         """Memory for the moments of some of them, held-out ones too, in float64."""
         limits = self.limits
-        return 2 * 8 * pruned * limits.inputs * (limits.inputs + limits.outputs)
+        return 2 * 8 * fitted * limits.inputs * (limits.inputs + limits.outputs)
 
 
 def _shapes(source: GgufSource, replacement: str) -> dict[int, _Shape]:
@@ -115,7 +111,7 @@ def _groups(
     group: list[int] = []
     room = MOMENT_BYTES
     for layer in layers:
-        needed = shapes[layer].moment_bytes(len(plan.pruned(layer)))
+        needed = shapes[layer].moment_bytes(len(fit.candidates(plan, layer)))
         if group and needed > room:
             yield group
             group, room = [], MOMENT_BYTES
@@ -129,7 +125,7 @@ def _observe(
     path: Path, plan: PrunePlan, group: list[int], calibration: Batches, threads: int | None
 ) -> "_PairObserver":
     tokens, length = calibration.tokens, calibration.tokens.shape[1]
-    observer = _PairObserver({i: plan.pruned(i) for i in group}, tokens.size)
+    observer = _PairObserver({i: fit.candidates(plan, i) for i in group}, tokens.size)
     options: dict[str, Any] = {"n_ctx": length, "threads": threads, "exact": True, "run_all": True}
     with GgufModel(path, observer=observer, **options) as llama:
         for row in tokens.tolist():
@@ -154,8 +150,8 @@ def _fit(
     """Fit a layer and save it; its moments are dropped."""
     limits, moments = shape.limits, observer.moments.pop(layer)
     nothing = Moments(np.zeros(limits.inputs), np.zeros(limits.outputs))
-    pruned = plan.pruned(layer)
-    found = fit.layer_novices((moments.pop(e, (nothing, nothing)) for e in pruned), limits)
+    pairs = (moments.pop(e, (nothing, nothing)) for e in fit.candidates(plan, layer))
+    pruned, found = fit.plan_novices(plan, layer, pairs, limits)
     alone = LowRankNovices(made, plan.replacement, {layer: pruned}, {layer: found})
     alone.save(_file(folder, layer))
 
@@ -165,13 +161,13 @@ def _file(folder: WorkFolder, layer: int) -> Path:
 
 
 class _PairObserver(ExpertObserver):
-    """Adds what the pruned experts of some layers read and wrote to their moments."""
+    """Adds what some experts of some layers read and wrote to their moments."""
 
-    def __init__(self, pruned: dict[int, tuple[int, ...]], tokens: int) -> None:
+    def __init__(self, fitted: dict[int, tuple[int, ...]], tokens: int) -> None:
         super().__init__()
-        self.moments: dict[int, dict[int, Pair]] = {layer: {} for layer in pruned}
-        self.tokens = dict.fromkeys(pruned, 0)
-        self._pruned, self._last = pruned, max(pruned)
+        self.moments: dict[int, dict[int, Pair]] = {layer: {} for layer in fitted}
+        self.tokens = dict.fromkeys(fitted, 0)
+        self._fitted, self._last = fitted, max(fitted)
         self._held_out = fit.held_out(tokens)
         self._batch: dict[int, tuple[Values, NDArray[np.int64]]] = {}  # inputs [T, H], ids [T, K]
         self._finished = False
@@ -188,7 +184,7 @@ class _PairObserver(ExpertObserver):
         return not self._finished and super().see(node)
 
     def watches(self, layer: int) -> bool:
-        return layer in self._pruned
+        return layer in self._fitted
 
     def _wants_linear(self, node: Node) -> bool:
         return False
@@ -204,7 +200,7 @@ class _PairObserver(ExpertObserver):
         start = self.tokens[layer]
         judges = self._held_out[start : start + len(ids)]
         self.tokens[layer] += len(ids)
-        for expert in self._pruned[layer]:
+        for expert in self._fitted[layer]:
             token, slot = np.nonzero(ids == expert)
             if len(token):
                 gates = weights[token, slot].reshape(-1).astype(np.float64)

@@ -125,7 +125,7 @@ def command(
         return
     how = Means(device, threads, offline)
     measured, decided = decide(console, source, chosen, plan, stats, how, change)
-    fitted = fitted_novices(console, source, chosen, decided, novices, how)
+    decided, fitted = fitted_novices(console, source, chosen, decided, novices, how)
     jobs = convert.prepare(
         source, chosen, outfiles, whole=whole, plan=decided, stats=measured, fitted=fitted
     )

@@ -113,22 +113,24 @@ def fitted_novices(
     plan: "PrunePlan | None",
     novices: Path | None,
     how: Means,
-) -> "LowRankNovices | None":
-    """Low-rank novices, where the plan has them: given, in the checkpoint, cached or fitted now."""
+) -> "tuple[PrunePlan | None, LowRankNovices | None]":
+    """Low-rank novices, where the plan has them: given, in the checkpoint, cached or fitted now.
+
+    The plan is the one that was given, or what the fit made of it ("novice-error").
+    """
     from mone_edge import pipeline, pruned_checkpoint
     from mone_edge.collect.work import Work, discard, unfinished, work_path
-    from mone_edge.low_rank import LowRankNovices
     from mone_edge.recipe import low_rank
     from mone_edge.source import Checkpoint
 
     if plan is None or novices or not low_rank(plan.replacement):
-        return pipeline.novices_of_plan(plan, novices) if plan else None
+        return pipeline.novices_of_plan(plan, novices) if plan else (None, None)
     if isinstance(source, Checkpoint) and source.is_pruned:
-        return pruned_checkpoint.read_fitted(source, plan)
+        return plan, pruned_checkpoint.read_fitted(source, plan)
     outfile = pipeline.cached_novices(source, plan, recipe.calibration)
     if outfile.is_file():
         console.info(f"novices from {outfile}")
-        return LowRankNovices.load(outfile)
+        return pipeline.novices_of_plan(plan, outfile)
     outfile.parent.mkdir(parents=True, exist_ok=True)
     work = Work(work_path(outfile), resume=True, restart=True)
     with unfinished(work):
@@ -146,4 +148,4 @@ def fitted_novices(
             )
         fitted.save(outfile)
     discard(work.path)
-    return LowRankNovices.load(outfile)
+    return pipeline.novices_of_plan(plan, outfile)

@@ -57,7 +57,7 @@ def command(
     from mone_edge.source import Checkpoint, resolve
 
     plan = PrunePlan.load(plan_file)
-    fitted = pipeline.novices_of_plan(plan, novices)
+    plan, fitted = pipeline.novices_of_plan(plan, novices)
     source = resolve(model, offline=offline)
     if isinstance(source, Checkpoint):
         _prune_checkpoint(console, source, plan, stats, fitted, outfile, force)
