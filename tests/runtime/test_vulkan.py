@@ -19,7 +19,7 @@ from tests.runtime.program import (
     typical_error,
 )
 
-# one token and a few take the matrix-vector shaders, many the matrix-matrix ones
+# one token takes the matrix-vector shaders, many the matrix-matrix ones
 RUNS = [(1, 1), (5, 1), (96, 1)]
 KEPT = [4, 1, tiny.N_EXPERTS]
 # nothing in one layer, and all layers in another order than the router's
@@ -87,10 +87,13 @@ def test_low_rank_novices(
 def assert_near(values: tiny.Array, reference: tiny.Array, quant: str) -> None:
     """Logits are the CPU's, which rounds activations to 8 bits for quantised weights.
 
-    Tokens near a tie then go elsewhere.
+    Tokens near a tie then go elsewhere. Exact at F32 for one token, which matrix-vector shaders
+    multiply; those for whole matrices differ from the CPU's for any model.
     """
     assert np.isfinite(values).all()
     worst, typical = relative_error(values, reference), typical_error(values, reference)
     print(f"{quant}: worst {worst:.1e}, typical {typical:.1e} of the range")
     assert typical < 5e-3
-    assert quant != "F32" or worst < 1e-3
+    if quant == "F32":
+        assert worst < 5e-3
+        assert relative_error(values[:1], reference[:1]) < 1e-5
