@@ -25,13 +25,12 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mone_edge import calibration, demo, novices, regression, selection
 from mone_edge.collect.experts import experts_modules
@@ -42,7 +41,7 @@ from mone_edge.evaluate import TorchModel
 from mone_edge.low_rank import LowRankNovices
 from mone_edge.paths import atomic_write
 from mone_edge.plan import PrunePlan, make_plan
-from mone_edge.recipe import MERGING, low_rank
+from mone_edge.recipe import MERGING, NOVICE_ERROR, low_rank
 from mone_edge.regression import Moments
 from mone_edge.scoring import chunk_ids
 from mone_edge.selection import ROUTER_NORM
@@ -57,7 +56,9 @@ EXPERT_BITS, NOVICE_BITS = 4.5, 8.5  # a weight, in a Q4_K_M file
 BATCH_TOKENS, ROWS = 8192, 512  # of a forward pass, and of logits at a time
 SEEDS, RATIOS = (1, 2, 3), (0.5, 0.25)
 MAIN = ("mone", "routing-score", "reap", "joint")
-METHODS = tuple(name for name in selection.METHODS if name not in (ROUTER_NORM, *MERGING))
+METHODS = tuple(
+    name for name in selection.METHODS if name not in (ROUTER_NORM, NOVICE_ERROR, *MERGING)
+)
 RIVALS = (("mone", "mean"), ("joint", "gate2-mean"))
 REPLACEMENTS = ("drop", "zero", "mean", "gate2-mean", "rank-4", "rank-16")
 MEASURES = {"log_ppl": "Increase of the log-perplexity", "kld": "KL divergence"}
@@ -74,56 +75,50 @@ class Scorer:
         self.chunks, self.first = chunks, chunks.shape[1] // UNSCORED
         self.head = network.get_output_embeddings()
         # final hidden states, not logits: those of a large vocabulary would fill the disk
-        self.base = [self._hidden(network, part) for part in self._batches()]
-        self.log_ppl = -float(np.concatenate([self._gains(h, i) for i, h in self._pairs()]).mean())
+        self.base = [self._hidden(network, ids) for ids in self._batches()]
+        self.log_ppl = -float(np.concatenate([p for p, _ in self._log_softmax(self.base)]).mean())
 
     def _batches(self) -> "tuple[Tensor, ...]":
         return self.chunks.split(max(1, BATCH_TOKENS // self.chunks.shape[1]))
 
-    def _pairs(self) -> "Iterator[tuple[Tensor, Tensor]]":
-        return zip(self._batches(), self.base, strict=True)
-
     def _hidden(self, network: Any, ids: "Tensor") -> "Tensor":
-        """Final hidden states that predict the scored tokens: [chunks, scored, width]."""
+        """Final hidden states that predict the scored tokens: [rows, width]."""
         import torch
 
         with torch.inference_mode():
-            return network.base_model(input_ids=ids, use_cache=False)[0][:, self.first : -1].clone()
+            hidden = network.base_model(input_ids=ids, use_cache=False)[0]
+            return hidden[:, self.first : -1].flatten(0, 1).clone()
 
-    def _gains(self, hidden: "Tensor", ids: "Tensor") -> NDArray[np.float64]:
-        """Log-probability of each scored token."""
-        targets = ids[:, self.first + 1 :].reshape(-1, 1)
-        rows = zip(hidden.flatten(0, 1).split(ROWS), targets.split(ROWS), strict=True)
-        return np.concatenate(
-            [self._log_softmax(h).gather(1, t)[:, 0].double().numpy() for h, t in rows]
-        )
+    def _log_softmax(self, hidden: "Iterable[Tensor]") -> "Iterator[tuple[Any, Tensor]]":
+        """Some rows at a time: log-probabilities of the scored tokens [n], of all [n, vocabulary].
 
-    def _log_softmax(self, hidden: "Tensor") -> "Tensor":
+        Args:
+            hidden: final hidden states of each batch.
+        """
         import torch
 
-        with torch.inference_mode():
-            return torch.log_softmax(self.head(hidden), -1)
+        for ids, batch in zip(self._batches(), hidden, strict=True):
+            targets = ids[:, self.first + 1 :].reshape(-1, 1)
+            for rows, wanted in zip(batch.split(ROWS), targets.split(ROWS), strict=True):
+                with torch.inference_mode():
+                    every = torch.log_softmax(self.head(rows), -1)
+                yield every.gather(1, wanted)[:, 0].double().numpy(), every
 
     def score(self, network: Any) -> dict[str, float]:
         """Of a pruned model, against the unpruned one."""
-        gaps, divergences, same = [], [], []
-        for ids, base in self._pairs():
-            hidden = self._hidden(network, ids)
-            gaps.append(self._gains(base, ids) - self._gains(hidden, ids))
-            for theirs, ours in zip(
-                base.flatten(0, 1).split(ROWS), hidden.flatten(0, 1).split(ROWS), strict=True
-            ):
-                p, q = self._log_softmax(theirs), self._log_softmax(ours)
-                divergences.append((p.exp() * (p - q)).sum(-1).double().numpy())
-                same.append((p.argmax(-1) == q.argmax(-1)).numpy())
-        gap, divergence = np.concatenate(gaps), np.concatenate(divergences)
-        measured = {"log_ppl": gap, "kld": divergence, "same_top": np.concatenate(same)}
+        found: dict[str, list[Any]] = {"log_ppl": [], "kld": [], "same_top": []}
+        ours = self._log_softmax(self._hidden(network, ids) for ids in self._batches())
+        for (base, p), (pruned, q) in zip(self._log_softmax(self.base), ours, strict=True):
+            found["log_ppl"].append(base - pruned)
+            found["kld"].append((p.exp() * (p - q)).sum(-1).double().numpy())
+            found["same_top"].append((p.argmax(-1) == q.argmax(-1)).numpy())
+        measured = {name: np.concatenate(parts) for name, parts in found.items()}
         means = {name: float(values.mean()) for name, values in measured.items()}
         errors = {
             f"{name}_stderr": float(values.std() / math.sqrt(len(values)))
             for name, values in measured.items()
         }
-        return means | errors | {"tokens": len(gap)}
+        return means | errors | {"tokens": len(measured["kld"])}
 
 
 @dataclass(frozen=True)
@@ -204,6 +199,7 @@ class Run:
                 seed=variant.seed,
             )
             fitted = self.fitted(plan, variant) if low_rank(variant.replacement) else None
+            plan = fitted.decide(plan) if fitted else plan
             network = self.network
             if plan.cuts:  # the model, which the others need whole
                 network = copy.deepcopy(network)
@@ -252,12 +248,21 @@ def variants(arguments: argparse.Namespace) -> Iterator[Variant]:
         )
         yield from _product(seeds, ratios, methods, replacements)
         return
+    half, quarter = RATIOS
     for seed in SEEDS:
-        yield from _product([seed], RATIOS, MAIN, ("drop", "mean", "gate2-mean", "rank-16"))
-        yield from _product([seed], RATIOS, MERGING, ())
+        yield from _product([seed], [half], MAIN, ("drop", "mean", "gate2-mean", "rank-16"))
+        yield from _product([seed], [half], [NOVICE_ERROR], ["rank-16"])
         if seed == SEEDS[0]:
-            yield from _product([seed], RATIOS[:1], METHODS, ("drop", "mean", "gate2-mean"))
-            yield from _product([seed], RATIOS[:1], MAIN, ("zero", "rank-4", "rank-32"))
+            yield from _product([seed], [half], MERGING, ())
+            yield from _product([seed], [half], ("mone", "joint"), ("zero", "rank-4", "rank-32"))
+            yield from _product([seed], [half], [NOVICE_ERROR], ("rank-4", "rank-32"))
+            yield from _product([seed], [half], METHODS, ("drop", "mean"))
+    for seed in SEEDS:
+        yield from _product([seed], [quarter], ("routing-score", "reap"), ("drop",))
+        yield from _product([seed], [quarter], ("mone", "joint"), ("mean", "gate2-mean", "rank-16"))
+        yield from _product([seed], [quarter], [NOVICE_ERROR], ["rank-16"])
+        if seed == SEEDS[0]:
+            yield from _product([seed], [quarter], MERGING, ())
 
 
 def _product(
