@@ -28,9 +28,11 @@ from mone_edge.checkpoint import prune_checkpoint
 from mone_edge.collect import gguf as collect_gguf
 from mone_edge.collect.loading import load_model
 from mone_edge.collect.torch_model import collect
+from mone_edge.collect.work import Work
 from mone_edge.conversion import packages
 from mone_edge.errors import MoneEdgeError
 from mone_edge.llama import GgufModel
+from mone_edge.low_rank import LowRankNovices
 from mone_edge.plan import PrunePlan, make_plan
 from mone_edge.recipe import Recipe
 from mone_edge.source import Source, resolve
@@ -110,12 +112,13 @@ class Trial:
         source: Source,
         plan: PrunePlan | None = None,
         stats: ExpertStats | None = None,
+        fitted: LowRankNovices | None = None,
     ) -> Path:
         pre = "" if source.keeps_types else "gpt-2"
         recipe = Recipe(model=source.name, imatrix="none", tokenizer_pre=pre)
         outfiles = {"F32": self.folder / f"{name}.gguf"}
         with _any_tokenizer(architectures.ARCHITECTURES[self.name].own_tokenizer):
-            jobs = convert.prepare(source, recipe, outfiles, plan=plan, stats=stats)
+            jobs = convert.prepare(source, recipe, outfiles, plan=plan, stats=stats, fitted=fitted)
         return convert.write(jobs, recipe)[0].outfile
 
 
@@ -185,6 +188,18 @@ def no_experts(trial: Trial) -> float:
     return _deviation(_llama_logits(path, trial.tokens), expected)
 
 
+def low_rank(trial: Trial) -> float:
+    """The same as the pruned GGUF's, with novices of rank 2."""
+    plan = replace(trial.plan, replacement="rank-2")
+    fitted = trial.source.fit(plan, trial.batches, Work(trial.folder / "fit"), device="cpu")
+    model = load_model(trial.source.path, device="cpu", dtype="float32")
+    expected = _logits(novices.apply(model, plan, None, fitted), trial.tokens)
+    if _deviation(expected, trial.pruned) < 10 * TOLERANCE:
+        raise RuntimeError("the novices are constants; nothing would be tested")
+    path = trial.write("low-rank", trial.source, plan, fitted=fitted)
+    return _deviation(_llama_logits(path, trial.tokens), expected)
+
+
 def via_checkpoint(trial: Trial) -> float:
     """The GGUF of the pruned checkpoint: how much of it differs from the direct road's."""
     from mone_edge.pruned_checkpoint import read_novices, read_plan
@@ -222,6 +237,7 @@ STAGES: Mapping[str, tuple[str, Stage]] = {
     "gguf": ("GGUF", gguf),
     "pruned_gguf": ("pruned GGUF", pruned_gguf),
     "no_experts": ("no expert in a layer", no_experts),
+    "low_rank": ("low-rank novices", low_rank),
     "via_checkpoint": ("checkpoint to GGUF", via_checkpoint),
     "gguf_to_gguf": ("GGUF to GGUF", gguf_to_gguf),
     "llama_statistics": ("statistics by llama.cpp", llama_statistics),
@@ -360,6 +376,7 @@ the same. In brackets: the reason below.
   the plan keeps one expert of eight in the first MoE layer, fewer than top-k, and five in the last
 - **GGUF**, **pruned GGUF**: llama.cpp's logits against torch's, whole and with novices
 - **no expert in a layer**: as the pruned GGUF, with none of the first MoE layer's experts kept
+- **low-rank novices**: as the pruned GGUF, with novices of rank 2, fitted to the checkpoint
 - **checkpoint to GGUF**, **GGUF to GGUF**: the pruned checkpoint converted, the whole GGUF pruned;
   both must hold the tensors of the direct road
 - **statistics by llama.cpp**: of the whole GGUF, against torch's
