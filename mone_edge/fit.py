@@ -24,7 +24,7 @@ from mone_edge.regression import LowRank, Moments, fit
 
 Pairs = Iterable[tuple[Moments, Moments]]
 
-RANKS = (4, 8, 16, 32, 64)  # that "rank" chooses from; 32 and 64 fit the blocks of Q8_0
+RANKS = (4, 8, 32, 64)  # that "rank" chooses from; 16 would be stored as 32 (`quantize`)
 WORTH = 0.95
 EXPERT_SHARE = 0.25  # of an expert's weights that a novice may have, where the rank is left open
 RUNS, HELD_OUT_EVERY = 40, 5  # runs of text, so that held-out tokens are not neighbours of others

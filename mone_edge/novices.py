@@ -140,6 +140,7 @@ def apply(
     require_shape(plan, found, "the model has")
     for index, (name, module) in modules.items():
         if plan.cuts:
+            vars(module).pop(_NOVICES, None)  # of an earlier plan
             _cut(model, name, module, plan, index)
         else:
             pruned, biases = plan.pruned(index), np.zeros((0, 1), np.float32)

@@ -89,6 +89,10 @@ def test_dropped_model_equals_masked_routing(case: tuple[Any, ExpertStats]) -> N
     for _, module in experts_modules(dropped).values():
         assert len(module.down_proj) == len(module.gate_up_proj) == module.num_experts == 4
     torch.testing.assert_close(logits(dropped), logits(masked), rtol=1e-5, atol=1e-5)
+    earlier = apply(copy.deepcopy(model), make_plan(stats, prune_ratio=0.25), stats)
+    torch.testing.assert_close(
+        logits(apply(earlier, plan, stats)), logits(masked), rtol=1e-5, atol=1e-5
+    )
 
 
 def _masked_router(router: Any, bias: torch.Tensor) -> Any:
