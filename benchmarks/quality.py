@@ -254,15 +254,17 @@ def variants(arguments: argparse.Namespace) -> Iterator[Variant]:
         yield from _product([seed], [half], [NOVICE_ERROR], ["rank-16"])
         if seed == SEEDS[0]:
             yield from _product([seed], [half], MERGING, ())
-            yield from _product([seed], [half], ("mone", "joint"), ("zero", "rank-4", "rank-32"))
-            yield from _product([seed], [half], [NOVICE_ERROR], ("rank-4", "rank-32"))
-            yield from _product([seed], [half], METHODS, ("drop", "mean"))
     for seed in SEEDS:
-        yield from _product([seed], [quarter], ("routing-score", "reap"), ("drop",))
-        yield from _product([seed], [quarter], ("mone", "joint"), ("mean", "gate2-mean", "rank-16"))
-        yield from _product([seed], [quarter], [NOVICE_ERROR], ["rank-16"])
+        yield from _product([seed], [quarter], ("mone", "routing-score", "reap"), ("drop",))
+        yield from _product([seed], [quarter], ["mone"], ("mean", "rank-16"))
+        yield Variant("joint", quarter, "gate2-mean", seed)
+        yield Variant(NOVICE_ERROR, quarter, "rank-16", seed)
         if seed == SEEDS[0]:
             yield from _product([seed], [quarter], MERGING, ())
+    seed = SEEDS[0]
+    yield from _product([seed], [half], ("mone", "joint"), ("zero", "rank-4", "rank-32"))
+    yield from _product([seed], [half], [NOVICE_ERROR], ("rank-4", "rank-32"))
+    yield from _product([seed], [half], METHODS, ("drop", "mean"))
 
 
 def _product(
