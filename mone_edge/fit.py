@@ -79,15 +79,15 @@ def plan_novices(
 ) -> tuple[tuple[int, ...], LayerNovices]:
     """Fit a layer's `candidates`: the ids of the experts that go, and their novices.
 
-    Under "novice-error" those go whose novices leave the least held-out error, in units of the
-    layer's output, so that the experts of a layer can be compared.
+    Under "novice-error" those go whose novices leave the least error (`LowRank.left`), in units of
+    the layer's output, so that the experts of a layer can be compared.
 
     Args:
         pairs: (to fit, held out) of each candidate, ids ascending; read one at a time.
     """
     ids = candidates(plan, layer)
     fits, tokens = _fit_each(pairs, limits)
-    left = [float(found.errors.min()) for found in fits]
+    left = [found.left for found in fits]
     count = len(plan.pruned(layer))
     places = sorted(sorted(range(len(ids)), key=lambda place: (left[place], -place))[:count])
     chosen = [fits[place] for place in places], [tokens[place] for place in places]

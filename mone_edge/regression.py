@@ -105,6 +105,14 @@ class LowRank:
     up: Float  # [D, r]
     errors: Float  # [r + 1] held-out `sum w ||y - prediction||^2` of the first 0..r components
     ridge: float
+    total: float  # sum w ||y - constant||^2 of all pairs
+
+    @property
+    def left(self) -> float:
+        """What the best rank leaves of `total`, by the share that it leaves of the held-out part:
+        the pairs held out are too few to tell how much an expert matters."""
+        share = self.errors.min() / self.errors[0] if self.errors[0] > 0 else 1.0
+        return self.total * float(share)
 
     def bias(self, rank: int) -> Float:
         """[D] what is added to the first `rank` components."""
@@ -124,13 +132,13 @@ def fit(train: Moments, held_out: Moments, max_rank: int) -> LowRank:
     if not max_rank or not weighty or held_out.pairs < PAIRS_PER_RANK:
         none = np.zeros((0, len(whole.x))), np.zeros((len(whole.y), 0))
         error = held_out.about(whole.x, whole.y).total
-        return LowRank(whole.y, whole.x, *none, np.array([error]), 0.0)
+        return LowRank(whole.y, whole.x, *none, np.array([error]), 0.0, whole.total)
     part = _Ridge(train.centred())
     judge = held_out.about(part.centre.x, part.centre.y)
     tried = [_errors(*part.components(ridge, max_rank), judge) for ridge in RIDGES]
     best = int(np.argmin([errors.min() for errors in tried]))
     down, up = _Ridge(whole).components(RIDGES[best], max_rank)
-    return LowRank(whole.y, whole.x, down, up, tried[best], RIDGES[best])
+    return LowRank(whole.y, whole.x, down, up, tried[best], RIDGES[best], whole.total)
 
 
 def _errors(down: Float, up: Float, judge: Moments) -> Float:

@@ -124,3 +124,15 @@ def test_few_pairs_give_few_components() -> None:
     assert len(fit(moments(train), moments(held_out), 6).errors) == 1 + 15 // PAIRS_PER_RANK
     train, held_out = cut(pairs(20), 17)
     assert len(fit(moments(train), moments(held_out), 6).errors) == 1
+
+
+def test_what_is_left_is_the_held_out_share_of_all_pairs() -> None:
+    rows = pairs(400, noise=2.0)
+    parts = [moments(part) for part in cut(rows, 300)]
+    fitted = fit(*parts, RANK)
+    _, y, w = (column.astype(np.float64) for column in rows)
+    total = (w[:, None] * (y - w @ y / w.sum()) ** 2).sum()
+    np.testing.assert_allclose(fitted.total, total, rtol=1e-4)
+    assert fitted.left == pytest.approx(total * fitted.errors.min() / fitted.errors[0], rel=1e-4)
+    empty = Moments(np.zeros(3), np.zeros(3))
+    assert fit(empty, empty, 1).left == 0
