@@ -335,16 +335,19 @@ def works(cell: Mapping[str, Any]) -> bool:
 
 
 def all_through(cells: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Whether a model passed every stage but statistics by llama.cpp."""
-    needed = [stage for stage in STAGES if stage not in ("plan", "llama_statistics")]
+    """Whether a model passed every stage but statistics by llama.cpp and low-rank novices."""
+    others = ("plan", "llama_statistics", "low_rank")
+    needed = [stage for stage in STAGES if stage not in others]
     return "deviation" in cells.get("plan", {}) and all(works(cells.get(s, {})) for s in needed)
 
 
 def table(results: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     """The Markdown of docs/architectures.md."""
     whole = sum(all_through(cells) for cells in results.values())
+    fitted = sum(works(cells.get("low_rank", {})) for cells in results.values())
     stages = [stage for stage in STAGES if stage != "plan"]
-    lines = [INTRODUCTION.format(models=len(results), whole=whole, tolerance=TOLERANCE)]
+    counts = {"models": len(results), "whole": whole, "fitted": fitted}
+    lines = [INTRODUCTION.format(**counts, tolerance=TOLERANCE)]
     lines += ["| | " + " | ".join(STAGES[stage][0] for stage in stages) + " |"]
     lines += ["|---" * (len(stages) + 1) + "|"]
     reasons: list[str] = []
@@ -366,10 +369,11 @@ model that goes through all stages. Remade by
 
     python -m benchmarks.architectures
 
-{whole} of {models} pass them all. A number is the largest deviation of logits over their range
-(128 tokens, F32 on both sides; {tolerance:.0e} is the limit), of the statistics by llama.cpp the
-largest deviation of counts, gate sums and means over the largest of them; 0 means byte for byte
-the same. In brackets: the reason below.
+{whole} of {models} pass them all with constants in place of experts, {fitted} with low-rank
+novices. A number is the largest deviation of logits over their range (128 tokens, F32 on both
+sides; {tolerance:.0e} is the limit), of the statistics by llama.cpp the largest deviation of counts,
+gate sums and means over the largest of them; 0 means byte for byte the same. In brackets: the
+reason below.
 
 - **statistics**: logits of the model while it is measured, against transformers' own
 - **pruned checkpoint**: written by keys, reloaded by `from_pretrained`, against novices in memory;
