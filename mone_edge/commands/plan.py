@@ -44,6 +44,7 @@ def command(
     from mone_edge import pipeline
     from mone_edge.paths import require_writable
     from mone_edge.plan import make_plan, parse_layers
+    from mone_edge.recipe import NOVICE_ERROR
     from mone_edge.stats import ExpertStats, file_sha256
 
     require_writable(outfile, force=force, inputs=[stats])
@@ -75,6 +76,8 @@ def command(
     }
     rows = [(layer, f"{len(ids)}/{plan.num_experts[layer]}") for layer, ids in plan.kept.items()]
     done = "are merged into others" if plan.groups else "go"
+    if plan.method == NOVICE_ERROR and plan.prune_ratio:
+        done += "; which, `mone-edge fit` says"
     console.result(document, f"{outfile}: {plan.removed_fraction:.1%} of the experts {done}")
     if console.verbose and not console.as_json:
         console.info(table(("layer", "kept"), rows))
