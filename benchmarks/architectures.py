@@ -371,9 +371,9 @@ model that goes through all stages. Remade by
 
 {whole} of {models} pass them all with constants in place of experts, {fitted} with low-rank
 novices. A number is the largest deviation of logits over their range (128 tokens, F32 on both
-sides; {tolerance:.0e} is the limit), of the statistics by llama.cpp the largest deviation of counts,
-gate sums and means over the largest of them; 0 means byte for byte the same. In brackets: the
-reason below.
+sides; {tolerance:.0e} is the limit), of the statistics by llama.cpp the largest deviation of
+counts, gate sums and means over the largest of them; 0 means byte for byte the same. In brackets:
+the reason below.
 
 - **statistics**: logits of the model while it is measured, against transformers' own
 - **pruned checkpoint**: written by keys, reloaded by `from_pretrained`, against novices in memory;

@@ -23,6 +23,7 @@ from mone_edge.errors import MoneEdgeError, UsageError
 from mone_edge.paths import atomic_write, is_file
 from mone_edge.recipe import (
     CUTTING,
+    DEFAULT_METHOD,
     MERGING,
     NOVICE_ERROR,
     REPLACEMENTS,
@@ -212,7 +213,7 @@ def make_plan(
     stats: ExpertStats,
     *,
     prune_ratio: float = 0.25,
-    method: str = "mone",
+    method: str = DEFAULT_METHOD,
     scope: str = "layer",
     replacement: str | None = None,
     seed: int = 42,
@@ -231,8 +232,8 @@ def make_plan(
         method: one of METHODS.
         scope: "layer" (the same fraction in every layer), "model" (one ranking over all) or
             "error" (fewer where less is lost).
-        replacement: one of REPLACEMENTS; default: "merge" for methods that group experts, else
-            "mean".
+        replacement: one of REPLACEMENTS; default: what suits the method
+            (`recipe.default_replacement`).
         seed: of the methods "random" and "dek".
         protect: block indices to leave whole (see `parse_layers`).
         protect_super: keep experts with extreme activations (`criteria.super_experts`).

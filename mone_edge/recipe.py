@@ -22,6 +22,7 @@ REPLACEMENTS = ("mean", "gate2-mean", "zero", "drop", "merge", "rank", "rank-R")
 CUTTING = ("drop", "merge")  # replacements that leave an ordinary model with fewer experts
 NOVICE_ERROR = "novice-error"  # the method whose experts the fit of their novices chooses
 DEK, M_SMOE, HC_SMOE = MERGING = ("dek", "m-smoe", "hc-smoe")  # methods that group experts
+DEFAULT_METHOD = "joint"  # of those that need statistics only, the best (docs/quality.md)
 MEASURED = ("mean", "gate2-mean")  # replacements whose vectors come from statistics
 LOW_RANK = re.compile(r"rank(?:-([1-9]\d{0,3}))?")
 
@@ -37,10 +38,10 @@ def low_rank(replacement: str) -> bool:
 
 
 def default_replacement(method: str) -> str:
-    """What `--replacement` is where it is not given."""
-    if method == NOVICE_ERROR:
-        return "rank"
-    return "merge" if method in MERGING else "mean"
+    """What `--replacement` is where it is not given: what suits the method."""
+    if method in MERGING:
+        return "merge"
+    return {NOVICE_ERROR: "rank", DEFAULT_METHOD: "gate2-mean"}.get(method, "mean")
 
 
 def contradiction(method: str, replacement: str) -> str:
@@ -85,9 +86,9 @@ class Recipe:
 
     model: str
     prune_ratio: float = 0.25  # fraction of experts removed
-    method: str = "mone"
+    method: str = DEFAULT_METHOD
     scope: str = "layer"
-    replacement: str = "mean"
+    replacement: str = default_replacement(DEFAULT_METHOD)
     protect: tuple[int, ...] = ()
     protect_super: bool = False
     pretrained: str = ""  # the model before fine-tuning, for the method "router-norm"

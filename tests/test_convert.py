@@ -163,7 +163,7 @@ def test_metadata_of_a_pruned_file(calibrated: Calibrate, tmp_path: Path) -> Non
     assert fields["olmoe.expert_kept_count"] == [6, 6]
     assert fields["mone.version"] == 1
     assert fields["mone.expert_order.1"] == list(plan.order(1))
-    assert fields["mone.method"] == "mone"
+    assert fields["mone.method"] == "joint"
     assert fields["mone.stats.sha256"] == "ab"
     assert fields["general.file_type"] == 2
     assert "prune_ratio: 0.25" in fields["mone.recipe"]

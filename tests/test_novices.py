@@ -110,7 +110,7 @@ def _masked_router(router: Any, bias: torch.Tensor) -> Any:
 
 def test_vectors_follow_the_plans_order(case: tuple[Any, ExpertStats]) -> None:
     _, stats = case
-    plan = make_plan(stats, prune_ratio=0.25)
+    plan = make_plan(stats, prune_ratio=0.25, replacement="mean")
     for layer in plan.kept:
         rows = vectors(plan, stats, layer)
         assert rows.shape == stats.layers[layer].output_mean.shape

@@ -146,7 +146,7 @@ def test_what_is_missing_is_said(
         ([*plan, "--pretrained", "nowhere"], 1, "no model nowhere"),
         ([*plan, "--pretrained", made.source.path], 1, "nothing to rank by; name the model"),
         ([*plan, "--pretrained", "small"], 1, "routers in 2 blocks for [4] experts"),
-        (other, 2, "--pretrained is for --method router-norm, not for mone"),
+        (other, 2, "--pretrained is for --method router-norm, not for joint"),
         (
             [plan[0], "other.safetensors", *plan[2:], "--pretrained", "before"],
             1,

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from mone_edge.recipe import REPLACEMENTS, SCOPES, is_replacement
+from mone_edge.recipe import DEFAULT_METHOD, REPLACEMENTS, SCOPES, is_replacement
 
 Command = Callable[..., Any]
 
@@ -41,11 +41,12 @@ def plan_options(command: Command) -> Command:
             show_default=True,
             help="Fraction of the experts to remove.",
         ),
-        click.option("--method", default="mone", show_default=True, callback=_known_method),
+        click.option("--method", default=DEFAULT_METHOD, show_default=True, callback=_known_method),
         click.option("--scope", type=click.Choice(SCOPES), default="layer", show_default=True),
         click.option(
             "--replacement",
-            show_default="mean, or merge of methods that group experts",
+            show_default="gate2-mean of joint, rank of novice-error, merge of methods that "
+            "group experts, else mean",
             callback=_known_replacement,
             metavar="|".join(REPLACEMENTS),
             help="What stands in for a removed expert; rank: fitted, R components.",
