@@ -144,14 +144,15 @@ def test_convert_calibrates_plans_and_slices(
     text.write_text(tiny.TEXT * 2, encoding="utf-8")
     common = ["--data", str(text), "--samples", "8", "--seq-len", "64"]
     out = str(tmp_path / "{ftype}.gguf")
-    assert run(["convert", model, *common, "--prune-ratio", "0.5", "-o", out, "--json"]) == 0
+    how = ["--prune-ratio", "0.5", "--method", "mone"]
+    assert run(["convert", model, *common, *how, "-o", out, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert Path(document["outfile"]).name == "F32.gguf"
     assert document["experts_kept"] == [4, 4]
     (kept,) = (tmp_path / "cache" / "stats").iterdir()
     stats = ExpertStats.load(kept)
     assert stats.provenance.fingerprint == resolve(model).fingerprint
-    plan = make_plan(stats, prune_ratio=0.5)
+    plan = make_plan(stats, prune_ratio=0.5, method="mone")
     pruned = {t.name: t.data for t in gguf.GGUFReader(document["outfile"]).tensors}
     expected = stats.layers[1].output_mean[list(plan.pruned(1))]
     assert np.array_equal(pruned["blk.1.ffn_down_exps.bias"][4:], expected.astype(np.float32))

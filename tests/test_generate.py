@@ -27,7 +27,7 @@ def pruned(
 ) -> tuple[Path, PrunePlan]:
     """A tiny GGUF with half of its experts, and the plan."""
     model = calibrated("qwen3_moe")
-    plan = make_plan(model.stats, prune_ratio=0.5)
+    plan = make_plan(model.stats, prune_ratio=0.5, method="mone")
     recipe = Recipe(model=model.source.name, imatrix="none", tokenizer_pre="gpt-2")
     path = tmp_path_factory.mktemp("generate") / "m.gguf"
     jobs = convert.prepare(model.source, recipe, {"F32": path}, plan=plan, stats=model.stats)

@@ -69,7 +69,7 @@ def test_routers_with_a_meaning_in_their_order_keep_it(
     whole: ModelFile, ordered: list[int]
 ) -> None:
     stats = make_stats()
-    plan = make_plan(stats, prune_ratio=0.5)
+    plan = make_plan(stats, prune_ratio=0.5, replacement="mean")
     pruned = prune.apply_plan(whole, plan, stats)
     for layer in LAYERS:
         router, slots = (f"blk.{layer}.{n}" for n in ("ffn_gate_inp.weight", SLOTS))
@@ -91,7 +91,7 @@ def test_routers_with_a_meaning_in_their_order_keep_it(
 
 def test_a_layer_may_keep_no_expert() -> None:
     stats = make_stats()
-    plan = make_plan(stats, prune_ratio=0.5)
+    plan = make_plan(stats, prune_ratio=0.5, replacement="mean")
     first = LAYERS[0]
     plan = dataclasses.replace(plan, kept={**plan.kept, first: ()})
     pruned = prune.apply_plan(model("olmoe", *ROUTERS), plan, stats)
@@ -105,7 +105,7 @@ def test_a_layer_may_keep_no_expert() -> None:
 
 def test_biases_of_pruned_experts_are_zero() -> None:
     stats = make_stats()
-    plan = make_plan(stats, prune_ratio=0.5)
+    plan = make_plan(stats, prune_ratio=0.5, replacement="mean")
     name = f"blk.{LAYERS[0]}.ffn_up_exps.bias"
     whole = model("gpt-oss", *ROUTERS, name)
     values, kept = whole.tensors[name].read(), plan.kept[LAYERS[0]]
@@ -126,7 +126,7 @@ def test_correction_biases_of_every_form_are_permuted(
     arch: str, part: str, shape: tuple[int, ...]
 ) -> None:
     stats = make_stats()
-    plan, name = make_plan(stats, prune_ratio=0.5), f"blk.{LAYERS[0]}.{part}"
+    plan, name = make_plan(stats, prune_ratio=0.5, replacement="mean"), f"blk.{LAYERS[0]}.{part}"
     whole = model(arch, *ROUTERS)
     whole.tensors[name] = constant(np.arange(EXPERTS, dtype=np.float32).reshape(shape))
     bias = prune.apply_plan(whole, plan, stats).tensors[name]
@@ -136,7 +136,7 @@ def test_correction_biases_of_every_form_are_permuted(
 
 def test_novices_carry_the_scale_that_is_part_of_the_gate_weight() -> None:
     stats = make_stats()
-    plan, layer = make_plan(stats, prune_ratio=0.5), LAYERS[0]
+    plan, layer = make_plan(stats, prune_ratio=0.5, replacement="mean"), LAYERS[0]
     whole = model("gemma4", *ROUTERS)
     scale = np.arange(1, EXPERTS + 1, dtype=np.float32)
     whole.tensors[f"blk.{layer}.ffn_down_exps.scale"] = constant(scale)
