@@ -61,6 +61,7 @@ METHODS = tuple(
 )
 RIVALS = (("mone", "mean"), ("joint", "gate2-mean"))
 REPLACEMENTS = ("drop", "zero", "mean", "gate2-mean", "rank-4", "rank-16")
+COLUMNS = ("drop", "zero", "mean", "gate2", "rank", "merge")
 MEASURES = {"log_ppl": "Increase of the log-perplexity", "kld": "KL divergence"}
 
 
@@ -307,7 +308,10 @@ def table(path: Path) -> None:
 
 
 def _grid(rows: list[dict[str, Any]], measure: str) -> None:
-    replacements = list(dict.fromkeys(row["replacement"] for row in rows))
+    found = {row["replacement"] for row in rows}
+    replacements = sorted(
+        found, key=lambda name: (COLUMNS.index(name.split("-")[0]), len(name), name)
+    )
     print(f"| | {' | '.join(replacements)} |\n|---|{'--:|' * len(replacements)}")
     for method in dict.fromkeys(row["method"] for row in rows):
         cells = []

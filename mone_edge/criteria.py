@@ -113,7 +113,7 @@ def error_matrix(layer: LayerStats, replacement: str) -> Float:
     if pair_error is None or pair_gate is None:
         raise UsageError(
             "these statistics hold nothing about pairs of experts (an older mone-edge measured "
-            "them); measure again: mone-edge stats MODEL"
+            "them); measure again: mone-edge stats MODEL, or rank without pairs: --method mone"
         )
     constants = {"mean": layer.output_mean, "zero": 0 * layer.output_mean}.get(
         "zero" if replacement == "drop" else replacement, layer.gate_sq_mean
