@@ -41,6 +41,7 @@ from mone_edge.evaluate import TorchModel
 from mone_edge.low_rank import LowRankNovices
 from mone_edge.paths import atomic_write
 from mone_edge.plan import PrunePlan, make_plan
+from mone_edge.quantize import NOVICE_BLOCK, stored_rank
 from mone_edge.recipe import MERGING, NOVICE_ERROR, low_rank
 from mone_edge.regression import Moments
 from mone_edge.scoring import chunk_ids
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 UNSCORED = 8  # the first eighth of each chunk is context only
-EXPERT_BITS, NOVICE_BITS = 4.5, 8.5  # a weight, in a Q4_K_M file
+EXPERT_BITS = 4.5  # a weight, in a Q4_K_M file
 BATCH_TOKENS, ROWS = 8192, 512  # of a forward pass, and of logits at a time
 SEEDS, RATIOS = (1, 2, 3), (0.5, 0.25)
 MAIN = ("mone", "routing-score", "reap", "joint")
@@ -232,9 +233,16 @@ def stored(network: Any, plan: PrunePlan, fitted: LowRankNovices | None) -> floa
         whole += size
         kept += size // plan.num_experts[layer] * len(plan.kept[layer])
         if fitted and layer in fitted.layers:
-            matrices = fitted.layers[layer].down.size + fitted.layers[layer].up.size
-            kept += matrices * NOVICE_BITS / EXPERT_BITS
+            count, rank, inputs = fitted.layers[layer].down.shape
+            outputs, rank = fitted.layers[layer].up.shape[1], stored_rank(rank)
+            bits = rank * (inputs * _bits(inputs) + outputs * _bits(rank))
+            kept += count * bits / EXPERT_BITS
     return kept / whole
+
+
+def _bits(row: int) -> float:
+    """Of a weight of a novice's matrix, which has rows of so many: Q8_0, or F16."""
+    return 16 if row % NOVICE_BLOCK else 8.5
 
 
 def variants(arguments: argparse.Namespace) -> Iterator[Variant]:

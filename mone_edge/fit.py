@@ -84,6 +84,7 @@ def plan_novices(
 
     Args:
         pairs: (to fit, held out) of each candidate, ids ascending; read one at a time.
+        limits: what ranks may be.
     """
     ids = candidates(plan, layer)
     fits, tokens = _fit_each(pairs, limits)
@@ -92,16 +93,6 @@ def plan_novices(
     places = sorted(sorted(range(len(ids)), key=lambda place: (left[place], -place))[:count])
     chosen = [fits[place] for place in places], [tokens[place] for place in places]
     return tuple(ids[place] for place in places), _novices(*chosen, limits)
-
-
-def layer_novices(pairs: Pairs, limits: Limits) -> LayerNovices:
-    """Fit every one of some experts of a layer.
-
-    Args:
-        pairs: (to fit, held out) of each expert, ids ascending; read one at a time.
-        limits: what ranks may be.
-    """
-    return _novices(*_fit_each(pairs, limits), limits)
 
 
 def _fit_each(pairs: Pairs, limits: Limits) -> tuple[list[LowRank], list[int]]:

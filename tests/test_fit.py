@@ -20,7 +20,7 @@ from mone_edge.collect.fitting import fit_checkpoint
 from mone_edge.collect.loading import load_model
 from mone_edge.collect.work import Work
 from mone_edge.errors import MoneEdgeError, UsageError
-from mone_edge.low_rank import LowRankNovices
+from mone_edge.low_rank import LayerNovices, LowRankNovices
 from mone_edge.plan import PrunePlan, make_plan
 from mone_edge.regression import Moments
 from mone_edge.source import Checkpoint, resolve
@@ -223,22 +223,29 @@ def moments(rows: int, relation: float, seed: int) -> tuple[Moments, Moments]:
     return sums
 
 
+def layer_novices(pairs: list[tuple[Moments, Moments]], limits: fit.Limits) -> LayerNovices:
+    """Novices of a layer whose experts all go."""
+    plan = PrunePlan(
+        model="", fingerprint="", method="mone", scope="layer", replacement=limits.replacement,
+        prune_ratio=0.5, top_k=1, num_experts={0: len(pairs)}, kept={0: ()},
+    )  # fmt: skip
+    return fit.plan_novices(plan, 0, pairs, limits)[1]
+
+
 def test_ranks_follow_what_held_out_tokens_say() -> None:
     limits = fit.Limits("rank", 64, 64, 100_000)
     assert limits.largest == 64
     clear, noise, few = moments(4000, 1.0, 0), moments(400, 0.0, 1), moments(4, 1.0, 2)
     nothing = Moments(np.zeros(64), np.zeros(64))
-    layer = fit.layer_novices([clear, noise, few, (nothing, nothing)], limits)
+    layer = layer_novices([clear, noise, few, (nothing, nothing)], limits)
     assert layer.width == 8 and layer.rank.tolist()[0] == 8 and not layer.rank[2:].any()
     assert layer.error[0] < 0.05 and layer.error[3] == 1 and layer.tokens.tolist()[2:] == [4, 0]
     assert not layer.bias[3].any()
     assert (
-        fit.layer_novices(
-            [noise, few], dataclasses.replace(limits, replacement="rank-2")
-        ).error.max()
+        layer_novices([noise, few], dataclasses.replace(limits, replacement="rank-2")).error.max()
         <= 1
     )
-    constants = fit.layer_novices(
+    constants = layer_novices(
         [(nothing, nothing)], dataclasses.replace(limits, replacement="rank-9")
     )
     assert constants.width == 0 and constants.up.shape == (1, 64, 0)
@@ -256,7 +263,7 @@ def test_novice_error_has_those_go_whose_novices_leave_least(calibrated: Make) -
         num_experts={0: 4},
         kept={0: (1, 2)},
     )
-    shares = fit.layer_novices(pairs, limits).error
+    shares = layer_novices(pairs, limits).error
     assert set(np.argsort(shares)[:2]) == {0, 2}
     ids, layer = fit.plan_novices(plan, 0, pairs, limits)
     assert ids == (1, 3) and len(layer.bias) == 2
