@@ -22,7 +22,7 @@ REPLACEMENTS = ("mean", "gate2-mean", "zero", "drop", "merge", "rank", "rank-R")
 CUTTING = ("drop", "merge")  # replacements that leave an ordinary model with fewer experts
 NOVICE_ERROR = "novice-error"  # the method whose experts the fit of their novices chooses
 DEK, M_SMOE, HC_SMOE = MERGING = ("dek", "m-smoe", "hc-smoe")  # methods that group experts
-DEFAULT_METHOD = "joint"  # of those that need statistics only, the best (docs/quality.md)
+DEFAULT_METHOD = "joint"  # needs statistics only, and none of those was clearly better
 MEASURED = ("mean", "gate2-mean")  # replacements whose vectors come from statistics
 LOW_RANK = re.compile(r"rank(?:-([1-9]\d{0,3}))?")
 
