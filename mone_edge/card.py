@@ -1,7 +1,9 @@
-"""The model card that stands beside a GGUF: what was done to the model, and how to do it again."""
+"""The model card that stands beside a GGUF: what was done to the model, how to do it again, and,
+where it was measured, what it cost."""
 
 from pathlib import Path
 
+from mone_edge.evaluate import EvalResult
 from mone_edge.paths import atomic_write
 from mone_edge.plan import PrunePlan
 from mone_edge.recipe import Recipe
@@ -28,6 +30,11 @@ Statistics: {stats}. Experts kept in each MoE layer: {kept}.
 PATCHED = """It needs the patched llama.cpp of mone-edge (`mone-edge runtime build`, then
 `mone-edge run {name}`); an unpatched llama.cpp refuses the file."""
 STOCK = "It runs on any llama.cpp that knows the architecture."
+COST = """
+What it cost, on {tokens:,} tokens of {text}: a KL divergence from {model} of {kld:.4f} ±
+{kld_stderr:.4f} nats a token, the same most likely token at {same_top:.1%} of the positions,
+perplexity {ppl:.2f} ± {ppl_stderr:.2f} (before: {ppl_base:.2f}).
+"""
 SKIPS = """
 
 The patched llama.cpp runs no expert whose gate weight is below {share:g} of the token's largest;
@@ -67,3 +74,22 @@ def write(outfile: Path, plan: PrunePlan | None, recipe: Recipe, size: int) -> N
     )
     with atomic_write(outfile.with_suffix(".md")) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def add_cost(card: Path, model: str, text: str, measured: EvalResult) -> None:
+    """Append what `eval` measured on a text, against the model that was converted."""
+    score, far = measured.text, measured.divergence
+    assert score and far
+    cost = COST.format(
+        text=text,
+        model=model,
+        tokens=score.tokens,
+        kld=far.kld_mean,
+        kld_stderr=far.kld_stderr,
+        same_top=far.same_top_p,
+        ppl=score.ppl,
+        ppl_stderr=score.ppl_stderr,
+        ppl_base=far.ppl_base,
+    )
+    with atomic_write(card) as temporary:
+        temporary.write_text(card.read_text(encoding="utf-8") + cost, encoding="utf-8")

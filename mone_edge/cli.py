@@ -29,6 +29,7 @@ COMMANDS = {
     "serve": "Serve a GGUF with llama.cpp's OpenAI-compatible server.",
     "bench": "Speed, memory and size of GGUFs.",
     "eval": "Perplexity, KL divergence and task accuracy of models.",
+    "report": "Tables and plots of a folder of results, as one HTML page.",
     "inspect": "Show what is in a model, statistics file or plan.",
     "runtime": "Build the patched llama.cpp, or tell what is built.",
     "doctor": "Tell what is missing on this machine, and how to mend it.",
@@ -74,7 +75,8 @@ def main() -> NoReturn:
 
 
 def run(arguments: list[str]) -> int:
-    """The exit code of one command line: 0 done, 1 failed, 2 usage, 130 stopped."""
+    """The exit code of one command line: 0 done, 1 failed, 2 usage, 3 made but a check
+    failed, 130 stopped."""
     try:
         with cli.make_context("mone-edge", list(arguments)) as context:
             code = cli.invoke(context)

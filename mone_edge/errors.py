@@ -17,5 +17,11 @@ class RuntimeMissing(MoneEdgeError):
     """The patched llama.cpp is not built, or another llama-cpp-python stands in its place."""
 
 
+class CheckFailed(MoneEdgeError):
+    """What was asked for is made, and a check that was asked for failed."""
+
+    exit_code = 3
+
+
 class Resumable(KeyboardInterrupt):
     """Interrupted, and what was finished is kept: the same command with --resume goes on."""

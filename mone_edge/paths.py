@@ -78,13 +78,11 @@ def _require_replaceable(target: Path, force: bool, inputs: Iterable[Path]) -> N
     if target.is_dir():
         raise MoneEdgeError(f"{target} is a folder; name a file")
     if not target.is_file():
-        raise MoneEdgeError(f"{target} is not an ordinary file; name another --outfile")
+        raise MoneEdgeError(f"{target} is not an ordinary file; name another file")
     if any(is_file(path) and path.samefile(target) for path in inputs):
-        raise MoneEdgeError(f"{target} is an input of this command; name another --outfile")
+        raise MoneEdgeError(f"{target} is an input of this command; name another file")
     if not force:
-        raise MoneEdgeError(
-            f"{target} exists; add --force to replace it, or name another --outfile"
-        )
+        raise MoneEdgeError(f"{target} exists; add --force to replace it, or name another file")
 
 
 @contextmanager

@@ -2,8 +2,10 @@
 
 import dataclasses
 import glob
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +13,14 @@ import click
 from click.core import ParameterSource
 
 from mone_edge.commands.deciding import Means, decide, fitted_novices
+from mone_edge.commands.judging import Judgement, measured_keys, measured_text
 from mone_edge.commands.options import calibration_options, plan_options
 from mone_edge.console import Console, common_options, force_option, human_bytes, offline_option
-from mone_edge.errors import UsageError
+from mone_edge.errors import CheckFailed, MoneEdgeError, UsageError
 
 if TYPE_CHECKING:
     from mone_edge.convert import Converted, Job
+    from mone_edge.evaluate import EvalResult
     from mone_edge.plan import PrunePlan
     from mone_edge.recipe import Recipe
     from mone_edge.source import Checkpoint, Source
@@ -53,6 +57,15 @@ SIZE = re.compile(r"(\d+)([KMG]?)", re.I)
 @click.option("--tensor-type", multiple=True, metavar="RE=TYPE", help="As llama-quantize's.")
 @click.option("--split-max-size", default="0", metavar="N[K|M|G]", help="Bytes of each part.")
 @click.option("--tokenizer-pre", default="", metavar="NAME", help="Pre-tokenizer's name.")
+@click.option(
+    "--ppl", "text", type=click.Path(path_type=Path), metavar="FILE",
+    help="Say what it cost on this text: perplexity, and KL divergence from MODEL.",
+)  # fmt: skip
+@click.option("--chunks", type=click.IntRange(1), help="First N chunks of 512 tokens of it only.")
+@click.option(
+    "--max-kld", type=click.FloatRange(0), metavar="NATS",
+    help="Exit with 3 if the KL divergence is above. [text: --ppl, else the package's]",
+)  # fmt: skip
 @click.option("--threads", "-t", type=click.IntRange(1), help="[default: all cores]")
 @click.option("--dry-run", is_flag=True, help="Check all, say sizes, write nothing.")
 @force_option
@@ -71,6 +84,9 @@ def command(
     recipe: Path | None,
     device: str,
     split_max_size: str,
+    text: Path | None,
+    chunks: int | None,
+    max_kld: float | None,
     threads: int | None,
     dry_run: bool,
     force: bool,
@@ -86,6 +102,7 @@ def command(
     mone-edge convert demo --prune-ratio 0.5 --outtype Q8_0
     mone-edge convert ./OLMoE-1B-7B --stats stats.safetensors --outtype Q4_K_M --outtype Q8_0
     mone-edge convert OLMoE-1B-7B-Q4_K_M.gguf --prune-ratio 0.25
+    mone-edge convert demo --prune-ratio 0.25 --ppl text.txt --chunks 16 --max-kld 0.3
     """
     from mone_edge import convert, pipeline
     from mone_edge.paths import expand
@@ -93,7 +110,12 @@ def command(
     from mone_edge.source import Checkpoint, resolve
 
     split_max_bytes = _bytes(split_max_size)
-    inputs = [path for path in (stats, plan_file, novices) if path]
+    judgement = Judgement(text, chunks, max_kld)
+    if max_kld is not None and math.isnan(max_kld):
+        raise UsageError("--max-kld nan is not a number of nats")
+    if chunks and not judgement.wanted:
+        raise UsageError("--chunks limits the text of --ppl, which is not given")
+    inputs = [path for path in (stats, plan_file, novices, text) if path]
     plan = PrunePlan.load(plan_file) if plan_file else None
     source = resolve(model, offline=offline)
     chosen = _recipe(ctx, source, options, recipe)
@@ -120,6 +142,8 @@ def command(
     change = pipeline.router_change(source, pretrained, offline=offline)
     rehearsal = pipeline.rehearse(source, whole, chosen, outfiles, plan, change)
     convert.require_space(rehearsal)
+    if judgement.wanted:
+        judgement.require(source, rehearsal)
     if dry_run:
         _tell_estimate(console, rehearsal)
         return
@@ -133,7 +157,16 @@ def command(
         made = convert.write(
             jobs, chosen, split_max_bytes=split_max_bytes, threads=threads, progress=progress
         )
-    tell(console, made)
+    if not judgement.wanted:
+        tell(console, made)
+        return
+    try:
+        costs = judgement.measure(console, source, made, threads)
+    except MoneEdgeError as error:
+        tell(console, made)
+        raise CheckFailed(f"made, but not measured: {error}") from error
+    tell(console, made, costs)
+    judgement.require_good(costs)
 
 
 def _recipe(
@@ -301,8 +334,8 @@ def _tell_estimate(console: Console, jobs: "list[Job]") -> None:
     console.result(documents[0] if len(documents) == 1 else documents, "\n".join(lines))
 
 
-def tell(console: Console, made: "list[Converted]") -> None:
-    """The result of `convert.write`."""
+def tell(console: Console, made: "list[Converted]", costs: "Sequence[EvalResult]" = ()) -> None:
+    """The result of `convert.write`, and what was measured of each file."""
     documents = [
         {
             "outfile": str(file.outfile),
@@ -313,12 +346,15 @@ def tell(console: Console, made: "list[Converted]") -> None:
             "experts_kept": list(file.experts_kept),
             "seconds": file.seconds,
             "peak_rss_bytes": file.peak_rss_bytes,
+            **(measured_keys(cost) if cost else {}),
         }
-        for file in made
+        for file, cost in zip_longest(made, costs)
     ]
-    lines = [
-        f"{file.outfile}: {human_bytes(file.bytes)}, {file.prune_ratio:.1%} of the experts "
-        f"removed, written in {file.seconds:.1f} s"
-        for file in made
-    ]
+    lines = []
+    for file, cost in zip_longest(made, costs):
+        lines.append(
+            f"{file.outfile}: {human_bytes(file.bytes)}, {file.prune_ratio:.1%} of the experts "
+            f"removed, written in {file.seconds:.1f} s"
+        )
+        lines += [measured_text(cost)] if cost else []
     console.result(documents[0] if len(documents) == 1 else documents, "\n".join(lines))

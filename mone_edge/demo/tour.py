@@ -93,7 +93,10 @@ def main(folder: Path) -> None:
         click.echo(f"\n[{row.name} removed] {row.answer}")
     result = table(HEADERS, (row.cells() for row in rows))
     (folder / "table.md").write_text(result + "\n", encoding="utf-8")
-    click.echo(f"\n{result}\n\nFiles, recipes and model cards: {folder.resolve()}")
+    for name, document in (("bench", benches), ("eval", [row.quality for row in rows])):
+        (folder / f"{name}.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
+    _mone_edge("report", str(folder), "--force")
+    click.echo(f"\n{result}\n\nFiles, recipes, model cards and report.html: {folder.resolve()}")
     click.echo(
         f"Done in {time.monotonic() - started:.0f} s. Talk to one: mone-edge run --chat {files[1]}"
     )
