@@ -15,12 +15,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import cho_factor, cho_solve
 
 Float = NDArray[np.float64]
 Values = NDArray[np.floating]
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
 PAIRS_PER_RANK = 4  # at least, to fit; and as many held out
-SPARE, ITERATIONS = 16, 8  # of the subspace iteration
+SPARE = 16  # of the subspace iteration: directions beyond those asked for
+COLD, WARM = 8, 3  # its steps from random directions, and from those of a ridge nearby
 
 
 @dataclass
@@ -133,11 +135,11 @@ def fit(train: Moments, held_out: Moments, max_rank: int) -> LowRank:
         none = np.zeros((0, len(whole.x))), np.zeros((len(whole.y), 0))
         error = held_out.about(whole.x, whole.y).total
         return LowRank(whole.y, whole.x, *none, np.array([error]), 0.0, whole.total)
-    part = _Ridge(train.centred())
+    part = _Ridge(train.centred(), max_rank)
     judge = held_out.about(part.centre.x, part.centre.y)
-    tried = [_errors(*part.components(ridge, max_rank), judge) for ridge in RIDGES]
+    tried = [_errors(*part.components(ridge), judge) for ridge in RIDGES]
     best = int(np.argmin([errors.min() for errors in tried]))
-    down, up = _Ridge(whole).components(RIDGES[best], max_rank)
+    down, up = _Ridge(whole, max_rank, part.basis).components(RIDGES[best])
     return LowRank(whole.y, whole.x, down, up, tried[best], RIDGES[best], whole.total)
 
 
@@ -149,34 +151,54 @@ def _errors(down: Float, up: Float, judge: Moments) -> Float:
 
 
 class _Ridge:
-    """Solutions of centred moments."""
+    """Solutions of centred moments, of one rank and one ridge after the other.
 
-    def __init__(self, centre: Moments) -> None:
-        self.centre = centre
+    Args:
+        basis: [D, rank + SPARE] where to look for the leading directions first, or nowhere; after
+            `components` those that were found, from which the next ridge starts.
+    """
+
+    def __init__(self, centre: Moments, rank: int, basis: Float | None = None) -> None:
+        self.centre, self.rank, self.basis = centre, rank, basis
         norms = np.sqrt(np.diag(centre.squares))
         self._scale = np.where(norms > 0, norms, 1.0)[:, None]  # [H, 1]
         self._squares = centre.squares / self._scale / self._scale.T
         self._products = centre.products / self._scale
 
-    def components(self, ridge: float, rank: int) -> tuple[Float, Float]:
-        """`down` [r, H] and orthonormal `up` [D, r] of the best solution of this rank."""
-        penalised = self._squares + ridge * np.eye(len(self._squares))
-        solution = np.linalg.solve(penalised, self._products)  # [H, D]
-        up = _leading(lambda basis: self._products.T @ (solution @ basis), len(self.centre.y), rank)
-        down: Float = (solution @ up / self._scale).T
+    def components(self, ridge: float) -> tuple[Float, Float]:
+        """`down` [r, H] and orthonormal `up` [D, r] of the best solution.
+
+        The ridge solution B [H, D] itself is never made, only its products with few columns.
+        """
+        factors = cho_factor(self._squares + ridge * np.eye(len(self._squares)), lower=True)
+
+        def solution(columns: Float) -> Float:
+            found: Float = cho_solve(factors, self._products @ columns)
+            return found
+
+        up, self.basis = _leading(
+            lambda basis: self._products.T @ solution(basis), len(self.centre.y), self.rank,
+            self.basis,
+        )  # fmt: skip
+        down: Float = (solution(up) / self._scale).T
         return down, up
 
 
-def _leading(times: Callable[[Float], Float], size: int, rank: int) -> Float:
-    """Leading eigenvectors [size, rank] of a positive matrix, by subspace iteration.
+def _leading(
+    times: Callable[[Float], Float], size: int, rank: int, basis: Float | None
+) -> tuple[Float, Float]:
+    """Leading eigenvectors [size, rank] of a positive matrix, by subspace iteration from `basis`
+    (or random directions), and the basis it ends with.
 
     Exact up to rounding where `rank + SPARE` reaches `size`.
     """
-    start = np.random.default_rng(0).standard_normal((size, min(size, rank + SPARE)))
-    basis = np.linalg.qr(start)[0]
-    for _ in range(ITERATIONS):
+    steps = WARM
+    if basis is None:
+        start = np.random.default_rng(0).standard_normal((size, min(size, rank + SPARE)))
+        basis, steps = np.linalg.qr(start)[0], COLD
+    for _ in range(steps):
         basis = np.linalg.qr(times(basis))[0]
     small = basis.T @ times(basis)
     _, turned = np.linalg.eigh((small + small.T) / 2)
     found: Float = basis @ turned[:, ::-1][:, :rank]
-    return found
+    return found, basis
