@@ -2,15 +2,16 @@
 
     python -m benchmarks.natural_moe FOLDER --data a.txt --data b.txt ... --minutes 130
 
-6 layers, 32 experts of 128 neurons, top-4, width 256 (23 million parameters, 6 of them active),
-fp32, on the CPU, from random weights and on the given UTF-8 text. `--architecture olmoe` takes the
-gate weights from a softmax over all experts, `qwen3_moe` makes those of the chosen ones add up to 1
-and shares keys and values between heads. Started again with the same FOLDER it goes on from its
-last checkpoint until the minutes are used up. FOLDER then holds
+6 layers of width 256, fp32, on the CPU, from random weights and on the given UTF-8 text. `olmoe`
+and `qwen3_moe` have 32 experts of 128 neurons, top-4 (23 million parameters, 6 of them active):
+`--architecture olmoe` takes the gate weights from a softmax over all experts, `qwen3_moe` makes
+those of the chosen ones add up to 1 and shares keys and values between heads. `mixtral` has 16 wide
+experts of 512 neurons, top-2 (41 million, 8 of them active). Started again with the same FOLDER it
+goes on from its last checkpoint until the minutes are used up. FOLDER then holds
 
     model/             the checkpoint (convert it with `--tokenizer-pre gpt-2`)
     initial/           the same before training: `router-norm` compares the two
-    calibration.txt    a sample of the training text
+    calibration/*.txt  every 8th block of each file's training text; calibration.txt: of all files
     heldout/*.txt      every 40th block of each file, never trained on; all of them in heldout.txt
     log.jsonl          loss, held-out loss and expert load over time
 
@@ -49,13 +50,17 @@ def blocks(text: str) -> list[str]:
 def prepare(folder: Path, data: list[Path], seed: int) -> None:
     """Split the text, train the tokenizer, write training and held-out tokens."""
     train, heldout = [], []
-    (folder / "heldout").mkdir(parents=True, exist_ok=True)
+    for name in ("heldout", "calibration"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
     for path in data:
         parts = blocks(path.read_text(encoding="utf-8"))
         kept = parts[HELDOUT_EVERY // 2 :: HELDOUT_EVERY]
-        train += [p for i, p in enumerate(parts) if i % HELDOUT_EVERY != HELDOUT_EVERY // 2]
+        others = [p for i, p in enumerate(parts) if i % HELDOUT_EVERY != HELDOUT_EVERY // 2]
+        train += others
         heldout += kept
-        (folder / "heldout" / f"{path.stem}.txt").write_text("\n\n".join(kept), encoding="utf-8")
+        for name, chosen in (("heldout", kept), ("calibration", others[::CALIBRATION_EVERY])):
+            text = "\n\n".join(chosen)
+            (folder / name / f"{path.stem}.txt").write_text(text, encoding="utf-8")
     np.random.default_rng(seed).shuffle(train)
     (folder / "heldout.txt").write_text("\n\n".join(heldout), encoding="utf-8")
     sample = train[::CALIBRATION_EVERY]
@@ -87,14 +92,23 @@ def make_tokenizer(texts: list[str]) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END, bos_token=END)
 
 
+FINE_GRAINED = {"num_experts": 32, "num_experts_per_tok": 4}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "olmoe": {"intermediate_size": 128, "num_key_value_heads": 4, "norm_topk_prob": False},
-    "qwen3_moe": {
+    "olmoe": FINE_GRAINED
+    | {"intermediate_size": 128, "num_key_value_heads": 4, "norm_topk_prob": False},
+    "qwen3_moe": FINE_GRAINED
+    | {
         "intermediate_size": 512,  # of dense layers, of which there are none
         "moe_intermediate_size": 128,
         "num_key_value_heads": 2,
         "head_dim": 64,
         "norm_topk_prob": True,
+    },
+    "mixtral": {
+        "num_local_experts": 16,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 512,
+        "num_key_value_heads": 2,
     },
 }
 
@@ -110,8 +124,6 @@ def make_model(architecture: str, seed: int) -> Any:
         hidden_size=256,
         num_hidden_layers=6,
         num_attention_heads=4,
-        num_experts=32,
-        num_experts_per_tok=4,
         max_position_embeddings=2048,
         tie_word_embeddings=False,
         bos_token_id=0,
@@ -120,7 +132,7 @@ def make_model(architecture: str, seed: int) -> Any:
         **ARCHITECTURES[architecture],
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    if not config.norm_topk_prob:
+    if architecture == "olmoe":
         with torch.no_grad():  # top-4 of 32 near-equal weights add up to 1/8 at first
             for layer in model.model.layers:
                 layer.mlp.experts.down_proj.mul_(4)
