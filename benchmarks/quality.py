@@ -1,15 +1,15 @@
 """How much worse a model gets: criteria and replacements side by side, on whole models.
 
-    python -m benchmarks.quality MODEL RESULTS.json --work DIR [--ratio 0.5 --method mone ...]
+    python -m benchmarks.quality MODEL RESULTS.json --work DIR [--variant 0.5:mone:mean ...]
 
 MODEL is a checkpoint folder or `demo`. Each variant is pruned in memory (torch, float32) and reads
 the same chunks of text as the unpruned model; all but the first eighth of each is scored: increase
 of the log-perplexity, KL divergence from the unpruned model, share of positions with the same most
-likely token. Without `--seed` (which draws other calibration text), `--ratio`, `--method` and
-`--replacement`, all of which may be repeated, the variants of docs/quality.md are measured; with
-`--equal-bytes`, after each low-rank variant come constants on plans that keep as many more experts
-as the novices' matrices take room for in a Q4_K_M file. RESULTS.json is written after each variant;
-started again, the run goes on. The tables it holds:
+likely token. A variant is RATIO:METHOD:REPLACEMENT; without any, those of docs/quality.md are
+measured. Each seed draws other calibration text. With `--equal-bytes`, after each low-rank variant
+come constants on plans that keep as many more experts as the novices' matrices take room for in a
+Q4_K_M file. RESULTS.json is written after each variant; started again, the run goes on. The tables
+it holds:
 
     python -m benchmarks.quality --table RESULTS.json     # several files: side by side
 
@@ -61,7 +61,6 @@ METHODS = tuple(
     name for name in selection.METHODS if name not in (ROUTER_NORM, NOVICE_ERROR, *MERGING)
 )
 RIVALS = (("mone", "mean"), ("joint", "gate2-mean"))
-REPLACEMENTS = ("drop", "zero", "mean", "gate2-mean", "rank-4", "rank-16")
 COLUMNS = ("drop", "zero", "mean", "gate2", "rank", "merge")
 MEASURES = {"log_ppl": "Increase of the log-perplexity", "kld": "KL divergence"}
 
@@ -247,15 +246,10 @@ def _bits(row: int) -> float:
 
 def variants(arguments: argparse.Namespace) -> Iterator[Variant]:
     """What the options name; without any of them, what docs/quality.md shows."""
-    options = (arguments.seed, arguments.ratio, arguments.method, arguments.replacement)
-    if any(options):
-        seeds, ratios, methods, replacements = (
-            given or default
-            for given, default in zip(
-                options, (SEEDS[:1], RATIOS, METHODS, REPLACEMENTS), strict=True
-            )
-        )
-        yield from _product(seeds, ratios, methods, replacements)
+    if arguments.variant:
+        for seed, name in itertools.product(arguments.seed or SEEDS[:1], arguments.variant):
+            ratio, method, replacement = name.split(":")
+            yield Variant(method, float(ratio), replacement, seed)
         return
     half, quarter = RATIOS
     for seed in SEEDS:
@@ -421,10 +415,8 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=16, help="to score")
     parser.add_argument("--ctx-size", type=int, default=512, help="of chunks")
     parser.add_argument("--equal-bytes", action="store_true")
-    parser.add_argument("--seed", type=int, action="append")
-    parser.add_argument("--ratio", type=float, action="append")
-    parser.add_argument("--method", action="append")
-    parser.add_argument("--replacement", action="append")
+    parser.add_argument("--variant", action="append", metavar="RATIO:METHOD:REPLACEMENT")
+    parser.add_argument("--seed", type=int, action="append", help="of the variants; default: 1")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     if arguments.table:
