@@ -163,7 +163,7 @@ def open_source(name: str, path: Path) -> GgufSource:
             f"{path} is neither a GGUF nor a checkpoint folder; a model is one of these, a hub id "
             "or demo"
         )
-    source = GgufSource(name, path, _parts(path))
+    source = GgufSource(name, path, parts(path))
     if not source.num_experts:
         raise MoneEdgeError(
             f"{name} ({source.architecture}) is a dense model: its header has no "
@@ -174,7 +174,7 @@ def open_source(name: str, path: Path) -> GgufSource:
     return source
 
 
-def _parts(path: Path) -> tuple[Header, ...]:
+def parts(path: Path) -> tuple[Header, ...]:
     """The headers of all files of a model."""
     first = read_header(path)
     count = first.count("split.count")

@@ -5,6 +5,7 @@ Knows nothing about files.
 """
 
 import io
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any
@@ -24,13 +25,15 @@ def _svg(draw: Callable[..., Any]) -> Callable[..., str]:
 
         style: Any = {
             "svg.hashsalt": "mone-edge",
+            "svg.fonttype": "none",  # text stays text: small, to be searched, in any script
             "text.parse_math": False,  # a file's name may hold dollars
             "axes.spines.top": False,
             "axes.spines.right": False,
             "axes.grid": True,
             "grid.alpha": 0.3,
         }
-        with matplotlib.rc_context(style):
+        with matplotlib.rc_context(style), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of letters that matplotlib's own font has not
             figure = draw(*arguments)
             out = io.StringIO()
             figure.savefig(out, format="svg", metadata=dict.fromkeys(METADATA))

@@ -11,11 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mone_edge import low_rank, plots
+from mone_edge import gguf_file, low_rank, plots
 from mone_edge.console import human_bytes
 from mone_edge.documents import parse_json
 from mone_edge.errors import MoneEdgeError
-from mone_edge.gguf_header import read_header
 from mone_edge.paths import atomic_write, is_file
 from mone_edge.plan import FORMAT as PLAN_FORMAT
 from mone_edge.plan import PrunePlan
@@ -23,6 +22,7 @@ from mone_edge.stats import ExpertStats
 
 TEMPLATE = Path(__file__).with_name("report.html")
 SUFFIXES = (".gguf", ".json", ".safetensors")
+ROUTER = "blk.{}.ffn_gate_inp.weight"
 BENCH_KEY = "tokens_per_second"
 NOTHING = "-"
 
@@ -89,12 +89,19 @@ def files(folder: Path) -> list[Path]:
         MoneEdgeError: it is no folder, or cannot be read.
     """
     try:
-        return sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES and is_file(p))
+        found = sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES and is_file(p))
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise MoneEdgeError(
             f"cannot read the folder {folder}: {why}; give the one your results are in"
         ) from error
+    return [path for path in found if not _is_later_part(path)]
+
+
+def _is_later_part(path: Path) -> bool:
+    """Whether it is of a split GGUF, and not the first file of it, which stands for all."""
+    match = gguf_file.PART.fullmatch(path.name)
+    return match is not None and int(match["number"]) > 1
 
 
 def gather(folder: Path) -> Results:
@@ -141,18 +148,31 @@ def _json(path: Path) -> Any:
 
 
 def _add_gguf(models: dict[str, ModelResults], path: Path) -> None:
-    header = read_header(path)
-    found = models.setdefault(path.name, ModelResults(path.name))
-    found.file_bytes = path.stat().st_size
-    found.experts = int(header.value("{arch}.expert_count", 0))
-    kept = header.value("{arch}.expert_kept_count", [])
-    found.kept = tuple(map(int, kept if isinstance(kept, list) else [kept]))
-    found.method = _text(header.value("mone.method", ""))
-    found.replacement = _text(header.value("mone.replacement", ""))
+    headers = gguf_file.parts(path)
+    names = {name for header in headers for name in header.tensors}
+    kept = headers[0].value("{arch}.expert_kept_count", [])
+    if not isinstance(kept, list) or not all(map(_number, kept)):
+        raise MoneEdgeError(f"{path} does not tell in numbers how many experts it keeps")
+    found = _model(models, path.name)
+    found.file_bytes = sum(header.file.stat().st_size for header in headers)
+    found.experts = headers[0].count("{arch}.expert_count")
+    found.kept = tuple(  # blocks without experts have a number too
+        int(count) for block, count in enumerate(kept) if ROUTER.format(block) in names
+    )
+    found.method = _text(headers[0].value("mone.method", ""))
+    found.replacement = _text(headers[0].value("mone.replacement", ""))
+
+
+def _model(models: dict[str, ModelResults], path: str) -> ModelResults:
+    """The results of a file, wherever it was when it was measured."""
+    name = _text(Path(path).name)
+    return models.setdefault(name, ModelResults(name))
 
 
 def _text(value: Any) -> str:
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+    """Somebody else's text, without what no font has and no page may hold."""
+    text = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def _add_measurements(models: dict[str, ModelResults], document: Any) -> None:
@@ -166,12 +186,11 @@ def _add_measurements(models: dict[str, ModelResults], document: Any) -> None:
         tasks = row.get("tasks")
         if not is_bench and not scores and not isinstance(tasks, dict):
             continue
-        name = Path(row["model"]).name
-        found = models.setdefault(name, ModelResults(name))
+        found = _model(models, row["model"])
         if found.file_bytes is None and _number(row.get("file_bytes")):
             found.file_bytes = int(row["file_bytes"])
         if is_bench:
-            found.speeds[row["test"]] = row
+            found.speeds[_text(row["test"])] = row
         else:
             found.eval |= scores
             if isinstance(tasks, dict):
@@ -223,6 +242,11 @@ def tables(results: Results) -> list[Table]:
     return made
 
 
+def _speed(row: Document) -> tuple[float, float]:
+    """Tokens per second, and their standard deviation where it is known."""
+    return row[BENCH_KEY], row["stddev"] if _number(row.get("stddev")) else 0.0
+
+
 def _table(title: str, columns: Mapping[str, Cell], models: Sequence[ModelResults]) -> Table:
     """Without the columns that no model fills."""
     cells = {name: [cell(model) for model in models] for name, cell in columns.items()}
@@ -270,7 +294,7 @@ def figures(results: Results) -> dict[str, str]:
     timed = [m for m in results.models if m.speeds]
     if timed:
         made["Speed on this machine"] = plots.speeds(
-            {m.name: {t: (r[BENCH_KEY], r.get("stddev") or 0) for t, r in m.speeds.items()}
+            {m.name: {t: _speed(row) for t, row in m.speeds.items()}
              for m in timed}
         )  # fmt: skip
     uneven = {m.name: m.kept for m in results.models if len(set(m.kept)) > 1}

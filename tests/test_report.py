@@ -2,13 +2,14 @@
 
 import json
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mone_edge import convert, report
+from mone_edge import convert, report, runtime
 from mone_edge.cli import run
 from mone_edge.errors import MoneEdgeError
 from mone_edge.plan import PrunePlan, make_plan
@@ -118,13 +119,34 @@ def test_the_same_results_give_the_same_page(folder: Path, tmp_path: Path) -> No
 
 
 def test_names_are_text_and_nothing_else(folder: Path) -> None:
-    hostile = "<script>alert(1)<br>$\\frac{$.gguf"
+    hostile = "\N{CJK UNIFIED IDEOGRAPH-6A21}\ud800<script>alert(1)<br>$\\frac{$.gguf"
     put(folder / "eval.json", {"model": f"x/{hostile}", "file_bytes": 7, **EVAL})
+    put(
+        folder / "bench.json",
+        {"model": hostile, "test": "<b>", "tokens_per_second": 3, "stddev": "x"},
+    )
     results = report.gather(folder)
     report.write(results, folder / "page.html")
     page = (folder / "page.html").read_text(encoding="utf-8")
     assert "<script>" not in page
-    assert "&lt;script&gt;alert(1)&lt;br&gt;$\\frac{$.gguf" in page
+    assert "<b>" not in page
+    assert "\N{CJK UNIFIED IDEOGRAPH-6A21}?&lt;script&gt;alert(1)&lt;br&gt;$\\frac{$.gguf" in page
+
+
+def test_the_parts_of_a_split_file_are_one_model(folder: Path, tmp_path: Path) -> None:
+    (whole,) = report.gather(folder).models
+    split = tmp_path / "split"
+    split.mkdir()
+    tool = str(runtime.tool("llama-gguf-split"))
+    options = ["--split", "--split-max-tensors", "8"]
+    source = str(folder / "small.gguf")
+    subprocess.run([tool, *options, source, str(split / "x")], check=True, capture_output=True)
+    parts = sorted(split.iterdir())
+    assert len(parts) > 2
+    (found,) = report.gather(split).models
+    assert found.name == parts[0].name
+    assert found.file_bytes == sum(part.stat().st_size for part in parts)
+    assert (found.kept, found.experts) == (whole.kept, whole.experts) == ((3, 5), 8)
 
 
 def test_what_cannot_be_read_is_told_and_left_out(
