@@ -5,7 +5,7 @@
 Writes MODEL whole and pruned, with constants and with low-rank novices, in several file types,
 measures each file's KL divergence from the whole model at F16, and leaves frontier.json,
 frontier.md and frontier.svg in FOLDER. A file is on the frontier if none as small is nearer to the
-whole model. Started again, it goes on. The plot needs matplotlib.
+whole model. Started again, it goes on.
 """
 
 import argparse
@@ -19,7 +19,14 @@ from typing import Any
 
 BASE = "F16"
 OUTTYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")
-VARIANTS = ("0:mean", "0.25:mean", "0.25:rank-16", "0.5:mean", "0.5:rank-16")
+WHOLE = "0:none"
+VARIANTS = (
+    WHOLE,
+    "0.25:joint:gate2-mean",
+    "0.25:novice-error:rank-32",
+    "0.5:joint:gate2-mean",
+    "0.5:novice-error:rank-32",
+)
 
 
 @dataclass(frozen=True)
@@ -27,7 +34,7 @@ class Point:
     """One file.
 
     Args:
-        variant: "RATIO:REPLACEMENT".
+        variant: "RATIO:METHOD:REPLACEMENT", or `WHOLE`.
         kld, kld_stderr: nats a token from the whole model at F16.
     """
 
@@ -48,15 +55,26 @@ def mone(*arguments: object) -> Any:
 
 def convert(variant: str, types: Iterable[str], arguments: argparse.Namespace) -> None:
     """Files of one variant, all types from one read of the weights."""
-    ratio, _, replacement = variant.partition(":")
-    options = ["--prune-ratio", ratio, "--replacement", replacement, "--method", arguments.method]
+    ratio, *how = variant.split(":")
+    options = ["--prune-ratio", ratio]
+    if variant != WHOLE:
+        options += ["--method", how[0], "--replacement", how[1]]
     options += [part for data in arguments.data for part in ("--data", data)]
     options += [part for kind in types for part in ("--outtype", kind)]
     options += ["--samples", arguments.samples, "--seq-len", arguments.seq_len, "--force"]
     if arguments.tokenizer_pre:
         options += ["--tokenizer-pre", arguments.tokenizer_pre]
-    name = variant.replace(":", "-")
-    mone("convert", arguments.model, *options, "-o", arguments.folder / f"{name}-{{ftype}}.gguf")
+    mone("convert", arguments.model, *options, "-o", arguments.folder / file_name(variant))
+
+
+def file_name(variant: str, outtype: str = "{ftype}") -> str:
+    return f"{variant.replace(':', '-')}-{outtype}.gguf"
+
+
+def label(variant: str) -> str:
+    """A variant, for people."""
+    ratio, *how = variant.split(":")
+    return "whole" if variant == WHOLE else f"{float(ratio):.0%} removed, {' '.join(how)}"
 
 
 def measure(arguments: argparse.Namespace) -> list[Point]:
@@ -64,16 +82,16 @@ def measure(arguments: argparse.Namespace) -> list[Point]:
     folder, results = arguments.folder, arguments.folder / "frontier.json"
     folder.mkdir(parents=True, exist_ok=True)
     points = [Point(**p) for p in json.loads(results.read_text())] if results.is_file() else []
-    base = folder / f"0-mean-{BASE}.gguf"
+    base = folder / file_name(WHOLE, BASE)
     if not base.is_file():
-        convert("0:mean", [BASE], arguments)
+        convert(WHOLE, [BASE], arguments)
     for variant in arguments.variant:
         done = {point.outtype for point in points if point.variant == variant}
         if not (wanted := [kind for kind in arguments.outtype if kind not in done]):
             continue
         convert(variant, wanted, arguments)
         for kind in wanted:
-            file = folder / f"{variant.replace(':', '-')}-{kind}.gguf"
+            file = folder / file_name(variant, kind)
             text = ("--ppl", arguments.text, "--chunks", arguments.chunks)
             size = ("--ctx-size", arguments.ctx_size)
             score = mone("eval", file, *text, *size, "--kld-base", base)
@@ -93,13 +111,11 @@ def frontier(points: list[Point]) -> set[Point]:
 
 def markdown(points: list[Point]) -> str:
     best = frontier(points)
-    lines = ["| file | experts removed | type | KL divergence | perplexity | on the frontier |"]
+    lines = ["| file | experts | type | KL divergence | perplexity | on the frontier |"]
     lines.append("|--:|---|---|--:|--:|---|")
     for p in sorted(points, key=lambda p: p.file_bytes):
-        ratio, _, replacement = p.variant.partition(":")
-        removed = f"{float(ratio):.0%}, `{replacement}`" if float(ratio) else "none"
         lines.append(
-            f"| {p.file_bytes / 2**20:.1f} MiB | {removed} | {p.outtype} "
+            f"| {p.file_bytes / 2**20:.1f} MiB | {label(p.variant)} | {p.outtype} "
             f"| {p.kld:.4f} ± {p.kld_stderr:.4f} | {p.ppl:.2f} | {'yes' if p in best else ''} |"
         )
     return "\n".join(lines) + "\n"
@@ -114,10 +130,8 @@ def plot(points: list[Point], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     for variant in dict.fromkeys(point.variant for point in points):
         line = sorted((p for p in points if p.variant == variant), key=lambda p: p.file_bytes)
-        ratio, _, replacement = variant.partition(":")
-        label = f"{float(ratio):.0%} removed, {replacement}" if float(ratio) else "whole"
         sizes = [p.file_bytes / 2**20 for p in line]
-        axes.plot(sizes, [p.kld for p in line], marker="o", label=label)
+        axes.plot(sizes, [p.kld for p in line], marker="o", label=label(variant))
     axes.set(xlabel="file, MiB", ylabel="KL divergence from F16, nats", yscale="log")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
@@ -132,9 +146,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--text", type=Path, required=True, help="to score")
     parser.add_argument("--data", action="append", default=[], help="to calibrate on")
-    parser.add_argument("--variant", action="append", metavar="RATIO:REPLACEMENT")
+    parser.add_argument("--variant", action="append", metavar="RATIO:METHOD:REPLACEMENT")
     parser.add_argument("--outtype", action="append")
-    parser.add_argument("--method", default="mone")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--ctx-size", type=int, default=512)
