@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import cho_factor, cho_solve
+from scipy.linalg import lu_factor, lu_solve
 
 Float = NDArray[np.float64]
 Values = NDArray[np.floating]
@@ -170,10 +170,10 @@ class _Ridge:
 
         The ridge solution B [H, D] itself is never made, only its products with few columns.
         """
-        factors = cho_factor(self._squares + ridge * np.eye(len(self._squares)), lower=True)
+        factors = lu_factor(self._squares + ridge * np.eye(len(self._squares)))
 
         def solution(columns: Float) -> Float:
-            found: Float = cho_solve(factors, self._products @ columns)
+            found: Float = lu_solve(factors, self._products @ columns)
             return found
 
         up, self.basis = _leading(
