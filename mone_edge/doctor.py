@@ -1,13 +1,13 @@
 """What this machine lacks for the whole road, and the command that mends each lack."""
 
 import importlib.metadata
-import os
 import shutil
 import sys
 from dataclasses import dataclass
 
 from mone_edge import runtime
 from mone_edge.errors import MoneEdgeError
+from mone_edge.machine import memory_bytes
 from mone_edge.paths import cache_dir
 from mone_edge.runtime.targets import BACKENDS, TARGETS, Variant
 from mone_edge.runtime.toolchain import find_cmake, find_toolchain, missing_programs
@@ -114,5 +114,5 @@ def _disk() -> Finding:
 
 
 def _memory() -> Finding:
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    total = memory_bytes()
     return Finding("memory", total > MEMORY_BYTES, f"{total / 1e9:.1f} GB", "a larger machine")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mone_edge.cli import run
-from mone_edge.collect import loading
+from mone_edge.commands import judging
 from mone_edge.evaluate import evaluate
 from tests import tiny
 from tests.bad_input import refused
@@ -108,5 +108,5 @@ def test_what_cannot_be_measured_is_refused_before_the_work(
     refused(capfd, tmp_path, [*whole, "--max-kld", "nan"], 2, "--max-kld nan")
     onto = [*command, "-o", "text.txt", "--ppl", "text.txt", "--force"]
     refused(capfd, tmp_path, onto, 1, "an input of this command")
-    monkeypatch.setattr(loading, "memory_bytes", lambda device: 1 << 20)
+    monkeypatch.setattr(judging, "memory_bytes", lambda: 1 << 20)
     refused(capfd, tmp_path, [*whole, "--ppl", "text.txt"], 1, "this machine has 1.0 MiB")

@@ -5,13 +5,13 @@ of modules in memory to the names of weights in the checkpoint.
 """
 
 import importlib
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mone_edge import machine
 from mone_edge.config import read_config
 from mone_edge.documents import reason
 from mone_edge.errors import MoneEdgeError, UsageError
@@ -169,7 +169,4 @@ def memory_bytes(device: torch.device) -> int:
     """Memory of the machine or the accelerator, in all."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # Windows
-        return 2**62
+    return machine.memory_bytes()

@@ -2,10 +2,8 @@
 
 import dataclasses
 import glob
-import math
 import re
 from collections.abc import Iterable, Sequence
-from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,10 +109,6 @@ def command(
 
     split_max_bytes = _bytes(split_max_size)
     judgement = Judgement(text, chunks, max_kld)
-    if max_kld is not None and math.isnan(max_kld):
-        raise UsageError("--max-kld nan is not a number of nats")
-    if chunks and not judgement.wanted:
-        raise UsageError("--chunks limits the text of --ppl, which is not given")
     inputs = [path for path in (stats, plan_file, novices, text) if path]
     plan = PrunePlan.load(plan_file) if plan_file else None
     source = resolve(model, offline=offline)
@@ -335,7 +329,9 @@ def _tell_estimate(console: Console, jobs: "list[Job]") -> None:
 
 
 def tell(console: Console, made: "list[Converted]", costs: "Sequence[EvalResult]" = ()) -> None:
-    """The result of `convert.write`, and what was measured of each file."""
+    """The result of `convert.write`, and what was measured of each file, if it was."""
+    measured: list[EvalResult | None] = [*costs] or [None] * len(made)
+    both = list(zip(made, measured, strict=True))
     documents = [
         {
             "outfile": str(file.outfile),
@@ -348,10 +344,10 @@ def tell(console: Console, made: "list[Converted]", costs: "Sequence[EvalResult]
             "peak_rss_bytes": file.peak_rss_bytes,
             **(measured_keys(cost) if cost else {}),
         }
-        for file, cost in zip_longest(made, costs)
+        for file, cost in both
     ]
     lines = []
-    for file, cost in zip_longest(made, costs):
+    for file, cost in both:
         lines.append(
             f"{file.outfile}: {human_bytes(file.bytes)}, {file.prune_ratio:.1%} of the experts "
             f"removed, written in {file.seconds:.1f} s"

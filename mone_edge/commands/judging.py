@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mone_edge.console import Console, human_bytes
-from mone_edge.errors import CheckFailed, MoneEdgeError
+from mone_edge.errors import CheckFailed, MoneEdgeError, UsageError
+from mone_edge.machine import memory_bytes
 
 if TYPE_CHECKING:
     from mone_edge.convert import Converted, Job
@@ -23,11 +24,20 @@ class Judgement:
         text: to score; None takes the evaluation text of the package.
         chunks: at most so many of 512 tokens.
         max_kld: mean KL divergence in nats a token that is still good enough; None takes all.
+
+    Raises:
+        UsageError: they contradict each other.
     """
 
     text: Path | None
     chunks: int | None
     max_kld: float | None
+
+    def __post_init__(self) -> None:
+        if self.max_kld is not None and math.isnan(self.max_kld):
+            raise UsageError("--max-kld nan is not a number of nats")
+        if self.chunks and not self.wanted:
+            raise UsageError("--chunks limits the text of --ppl, which is not given")
 
     @property
     def wanted(self) -> bool:
@@ -46,10 +56,7 @@ class Judgement:
             MoneEdgeError: the text or the patched llama.cpp is missing, or the model and a file
                 made of it have no room in memory beside each other.
         """
-        import torch
-
         from mone_edge import runtime
-        from mone_edge.collect.loading import memory_bytes
         from mone_edge.evaluate import read_text
 
         read_text(self.file)
@@ -57,7 +64,7 @@ class Judgement:
         weights = sum(math.prod(ref.shape) for ref in source.tensors.values())
         base = source.size if source.keeps_types else 4 * weights  # torch computes in float32
         needed = base + max(job.data_bytes for job in jobs)
-        if needed > (there := memory_bytes(torch.device("cpu"))):
+        if needed > (there := memory_bytes()):
             raise MoneEdgeError(
                 f"comparing {source.name} with the result takes {human_bytes(needed)} of memory, "
                 f"this machine has {human_bytes(there)}; leave out --ppl and --max-kld, and "
