@@ -2,11 +2,14 @@
 where it was measured, what it cost."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mone_edge.evaluate import EvalResult
 from mone_edge.paths import atomic_write
 from mone_edge.plan import PrunePlan
 from mone_edge.recipe import Recipe
+
+if TYPE_CHECKING:
+    from mone_edge.evaluate import EvalResult
 
 TEMPLATE = """---
 base_model: {base}
@@ -76,7 +79,7 @@ def write(outfile: Path, plan: PrunePlan | None, recipe: Recipe, size: int) -> N
         temporary.write_text(text, encoding="utf-8")
 
 
-def add_cost(card: Path, model: str, text: str, measured: EvalResult) -> None:
+def add_cost(card: Path, model: str, text: str, measured: "EvalResult") -> None:
     """Append what `eval` measured on a text, against the model that was converted."""
     score, far = measured.text, measured.divergence
     assert score and far

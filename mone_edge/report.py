@@ -5,7 +5,7 @@ In: a folder with what the commands wrote: GGUFs, statistics, plans, and the `--
 JSON file is, its keys say; files that hold something else are left alone.
 """
 
-import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,7 @@ SUFFIXES = (".gguf", ".json", ".safetensors")
 ROUTER = "blk.{}.ffn_gate_inp.weight"
 BENCH_KEY = "tokens_per_second"
 NOTHING = "-"
+LARGEST = sys.float_info.max  # a whole number of a JSON file may be larger
 
 Document = Mapping[str, Any]
 
@@ -198,7 +199,7 @@ def _add_measurements(models: dict[str, ModelResults], document: Any) -> None:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value) and value is not True
+    return type(value) in (int, float) and abs(value) <= LARGEST
 
 
 Cell = Callable[[ModelResults], str]
