@@ -4,14 +4,13 @@ The shipped asset was made with exactly these commands, on 2 cores, torch 2.13, 
 packages that `mone_edge.demo.training.texts.SOURCES` says how to get:
 
     python -m mone_edge.demo.train texts --packages PACKAGES
-    python -m mone_edge.demo.train layerwise --work WORK --packages PACKAGES --seed 2
-    python -m mone_edge.demo.train refit --work WORK --packages PACKAGES --seed 2
-    python -m mone_edge.demo.train pack --work WORK --checkpoint refitted.pt
+    python -m mone_edge.demo.train layerwise --work WORK --packages PACKAGES
+    python -m mone_edge.demo.train distill --work WORK --packages PACKAGES
+    python -m mone_edge.demo.train pack --work WORK
 
-A stage reads what the one before left in WORK. `distill`, between `refit` and `pack`, trains
-routers, norms and corrections end to end; it goes on from its last checkpoint if it is started
-again. Training is not reproducible to the bit across machines; what is made from the asset is (see
-`build.py`).
+A stage reads what the one before left in WORK; `distill` goes on from its last checkpoint if it is
+started again. Training is not reproducible to the bit across machines; what is made from the asset
+is (see `build.py`).
 """
 
 import argparse
@@ -19,11 +18,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from mone_edge.demo.build import CORRECTIONS
 from mone_edge.demo.dense import dense_model_dir
 
 log = logging.getLogger("mone_edge.demo.train")
 
 SEQUENCE_TOKENS = 256
+HELD_OUT_SEQUENCES = 32
 
 
 def load_student(state: dict[str, Any] | None) -> Any:
@@ -35,7 +36,6 @@ def load_student(state: dict[str, Any] | None) -> Any:
         Student,
         load_dense,
         reorder,
-        set_down_correction,
     )
 
     student = Student(Shape())
@@ -46,10 +46,6 @@ def load_student(state: dict[str, Any] | None) -> Any:
         with torch.no_grad():
             for name, parameter in student.named_parameters():
                 parameter.copy_(state["parameters"][name])
-        for layer, (codes, scale) in enumerate(
-            zip(state["down_codes"], state["down_scale"], strict=True)
-        ):
-            set_down_correction(student, layer, codes, scale)
     return student
 
 
@@ -78,21 +74,8 @@ def layerwise(arguments: argparse.Namespace) -> None:
     tokens = training_tokens(arguments)[: arguments.sequences]
     log.info("layerwise: %d sequences of %d tokens", *tokens.shape)
     student = load_student(None)
-    convert_layers(student, tokens, LayerwiseSettings(), arguments.seed)
+    convert_layers(student, tokens, HELD_OUT_SEQUENCES, LayerwiseSettings())
     save_checkpoint(arguments.work / "layerwise.pt", student, None, 0, 0.0)
-
-
-def refit(arguments: argparse.Namespace) -> None:
-    import torch
-
-    from mone_edge.demo.training.distill import save_checkpoint
-    from mone_edge.demo.training.layerwise import LayerwiseSettings, refit_down
-
-    tokens = training_tokens(arguments)[-arguments.refit_sequences :]
-    log.info("refit: %d sequences of %d tokens", *tokens.shape)
-    student = load_student(torch.load(arguments.work / "layerwise.pt", weights_only=True))
-    refit_down(student, tokens, LayerwiseSettings())
-    save_checkpoint(arguments.work / "refitted.pt", student, None, 0, 0.0)
 
 
 def distill(arguments: argparse.Namespace) -> None:
@@ -102,12 +85,15 @@ def distill(arguments: argparse.Namespace) -> None:
     from mone_edge.demo.training.distill import distill as run
 
     torch.manual_seed(arguments.seed)
-    tokens = training_tokens(arguments)[arguments.sequences :]
+    every = training_tokens(arguments)
+    tokens, fitted = every[arguments.sequences :], every[: arguments.sequences]
     log.info("distill: %d sequences of %d tokens", *tokens.shape)
     checkpoint = arguments.work / "distilled.pt"
-    source = checkpoint if checkpoint.is_file() else arguments.work / "refitted.pt"
+    source = checkpoint if checkpoint.is_file() else arguments.work / "layerwise.pt"
     state = torch.load(source, weights_only=True)
-    run(load_student(state), tokens, DistillSettings(), checkpoint, arguments.seconds, state)
+    held_out = fitted[-HELD_OUT_SEQUENCES:]
+    settings = DistillSettings()
+    run(load_student(state), tokens, held_out, settings, checkpoint, arguments.seconds, state)
 
 
 def texts(arguments: argparse.Namespace) -> None:
@@ -125,7 +111,6 @@ def pack(arguments: argparse.Namespace) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from mone_edge.demo.build import CORRECTIONS
     from mone_edge.demo.training.pack import pack as packed
 
     state = torch.load(arguments.work / arguments.checkpoint, weights_only=True)
@@ -135,7 +120,6 @@ def pack(arguments: argparse.Namespace) -> None:
 STAGES = {
     "texts": texts,
     "layerwise": layerwise,
-    "refit": refit,
     "distill": distill,
     "pack": pack,
 }
@@ -152,11 +136,11 @@ def main() -> None:
     parser.add_argument(
         "--sequences",
         type=int,
-        default=128,
-        help="how many sequences layerwise fits on; distill leaves them out",
+        default=832,
+        help=f"how many layerwise reads (the last {HELD_OUT_SEQUENCES} only to choose ridges on); "
+        "distill leaves them out",
     )
-    parser.add_argument("--refit-sequences", type=int, default=320)
-    parser.add_argument("--seconds", type=float, default=3000, help="distill: how long, in all")
+    parser.add_argument("--seconds", type=float, default=480, help="distill: how long, in all")
     parser.add_argument("--checkpoint", default="distilled.pt", help="pack: which, in WORK")
     parser.add_argument(
         "--asset", type=Path, help="pack: where to, instead of over the one that ships"

@@ -1,5 +1,6 @@
 """The training stages on a tiny random model: each piece against what it should find."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,35 +73,68 @@ def test_balanced_groups_are_equal_and_find_planted_ones():
     assert len({(int(a), int(b)) for a, b in zip(groups, planted, strict=True)}) == 6
 
 
-def test_reduced_rank_recovers_a_planted_correction():
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(500, 20, generator=generator) * torch.linspace(0.1, 3, 20)
-    planted = torch.randn(7, 3, generator=generator) @ torch.randn(3, 20, generator=generator)
-    up, down = layerwise.reduced_rank(x.T @ x, (x @ planted.T).T @ x, 3, 1e-9)
-    torch.testing.assert_close(up @ down, planted, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(down.norm(dim=1), torch.ones(3))
-
-
-def test_full_rank_is_ridge_regression():
+def test_ridge_regression_finds_a_planted_map():
     generator = torch.Generator().manual_seed(0)
     x, planted = torch.randn(99, 6, generator=generator), torch.randn(4, 6, generator=generator)
-    found = layerwise.full_rank(x.T @ x, (x @ planted.T).T @ x, 1e-9)
+    found = layerwise.ridge_regression(x.T @ x, (x @ planted.T).T @ x, 1e-9)
     torch.testing.assert_close(found, planted, rtol=1e-4, atol=1e-5)
-    shrunk = layerwise.full_rank(x.T @ x, (x @ planted.T).T @ x, 10.0)
+    shrunk = layerwise.ridge_regression(x.T @ x, (x @ planted.T).T @ x, 10.0)
     assert shrunk.norm() < 0.2 * planted.norm()
 
 
-def test_router_learns_which_experts_matter():
-    """Experts whose output is as large as one input coordinate says: the router must find that."""
+def test_the_ridge_is_the_one_that_is_best_on_text_apart():
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(4000, 16, generator=generator)
-    size = (2 * x[:, :8]).exp()
-    grams = torch.diag_embed(size.square())
-    settings = layerwise.LayerwiseSettings(router_steps=20)
-    router = layerwise.fit_router(x, grams, torch.ones(4000), 4, settings, generator)
-    found = (x @ router.T).topk(4).indices
-    kept = size.gather(1, found).sum() / size.topk(4).values.sum()
+    x, planted = torch.randn(12, 10, generator=generator), torch.randn(4, 10, generator=generator)
+    noise = 2 * torch.randn(12, 4, generator=generator)
+    gram, cross = x.T @ x, (x @ planted.T + noise).T @ x
+    apart = torch.randn(400, 10, generator=generator)
+    ridges = (1e-6, 0.3, 1e6)
+
+    def left(ridge: float) -> float:
+        change = layerwise.ridge_regression(gram, cross, ridge)
+        return float((apart @ (planted - change).T).square().sum())
+
+    ridge, change = layerwise.best_ridge(gram, cross, ridges, [(apart, apart @ planted.T)])
+    assert ridge == min(ridges, key=left) == 0.3
+    torch.testing.assert_close(change, layerwise.ridge_regression(gram, cross, ridge))
+
+
+def test_output_lengths_are_those_of_the_experts_outputs():
+    generator = torch.Generator().manual_seed(0)
+    hidden, down = torch.randn(5, 12, generator=generator), torch.randn(7, 12, generator=generator)
+    outputs = [hidden[:, e : e + 4] @ down[:, e : e + 4].T for e in (0, 4, 8)]
+    wanted = torch.stack([output.norm(dim=1) for output in outputs], dim=1)
+    torch.testing.assert_close(layerwise.output_lengths(hidden, down, 3), wanted)
+
+
+def test_router_learns_which_experts_matter():
+    """Experts whose output is as long as one input coordinate says: the router must find that."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2000, 16, generator=generator) for _ in range(2)]
+    lengths = [(2 * x[:, :8]).exp() for x in inputs]
+    settings = layerwise.LayerwiseSettings(logit_deviation=0.05)
+    router = layerwise.fit_router(inputs, lengths, settings)
+    logits = inputs[0] @ router.T
+    kept = lengths[0].gather(1, logits.topk(4).indices).sum() / lengths[0].topk(4).values.sum()
     assert kept > 0.97
+    assert logits.std() == pytest.approx(0.05, rel=1e-3)
+
+
+def test_neurons_are_grouped_by_what_the_input_foretells():
+    """Half of a neuron's use follows one of three inputs, half is chance: groups follow inputs."""
+    generator = torch.Generator().manual_seed(0)
+    shape = replace(tiny_student.SHAPE, neurons=48, experts=3, expert_width=12)
+    assert shape.shared == 12
+    inputs = torch.randn(4000, 8, generator=generator)
+    follows = torch.arange(36) % 3
+    use = (inputs[:, follows] + torch.randn(4000, 36, generator=generator)).exp()
+    hidden = torch.cat([use, torch.full((4000, 12), 1e3)], dim=1)
+    settings = layerwise.LayerwiseSettings()
+    order = layerwise.choose_order([inputs], [hidden], torch.ones(4, 48), shape, settings)
+    assert set(order[:12].tolist()) == set(range(36, 48))
+    groups = follows[order[12:]].view(3, 12)
+    assert groups.eq(groups[:, :1]).all()
+    assert len(set(groups[:, 0].tolist())) == 3
 
 
 def test_divergence_and_its_gradient_are_autograds():
@@ -139,26 +173,23 @@ def test_layerwise_then_distillation_bring_the_student_nearer(tmp_path: Path):
         return divergence(found, teacher, student.embedding, 128)[0]
 
     untrained = distance()
-    settings = layerwise.LayerwiseSettings(router_steps=10, router_batch_tokens=128)
-    errors = layerwise.convert_layers(student, tokens, settings, 0)
+    settings = layerwise.LayerwiseSettings(chunk=4)
+    errors = layerwise.convert_layers(student, tokens, 4, settings)
     assert len(errors) == 2
     assert all(error < 1 for error in errors)
-    assert distance() < untrained
-    layerwise.refit_down(student, tokens, settings)
-    assert student.down_codes.abs().max() == 7
-    refitted = distance()
-    assert refitted < untrained
+    converted = distance()
+    assert converted < untrained
 
     with torch.no_grad():
         student.norms *= 1.2
     disturbed = distance()
-    assert disturbed > refitted
+    assert disturbed > converted
     checkpoint = tmp_path / "checkpoint.pt"
     save_checkpoint(checkpoint, student, None, 0, 0.0)
     state = torch.load(checkpoint, weights_only=True)
-    fast = DistillSettings(warmup_steps=1, learning_rate=1e-3, head_chunk_tokens=128)
-    steps = distill(student, tokens, fast, checkpoint, 2.0, state)
+    fast = DistillSettings(warmup_steps=1, norm_learning_rate=1e-3, head_chunk_tokens=128)
+    steps = distill(student, tokens, tokens, fast, checkpoint, 2.0, state)
     assert distance() < disturbed
 
     state = torch.load(checkpoint, weights_only=True)
-    assert distill(student, tokens, fast, checkpoint, 2.5, state) > steps
+    assert distill(student, tokens, tokens, fast, checkpoint, 2.5, state) > steps

@@ -12,7 +12,6 @@ SHAPE = Shape(
     kv_heads=1,
     head_width=16,
     vocabulary=64,
-    first_fit_rank=4,
     gate_up_rank=3,
     attention_rank=2,
 )

@@ -27,12 +27,13 @@ class DistillSettings:
 
     sequences_per_step: int = 4
     warmup_steps: int = 8
-    learning_rate: float = 6e-5
-    router_learning_rate: float = 1.5e-4
-    norm_learning_rate: float = 3e-5
+    factor_learning_rate: float = 2e-4
+    router_learning_rate: float = 8e-6
+    shared_gate_learning_rate: float = 1e-5
+    norm_learning_rate: float = 6e-5
     stream_weight: float = 2.0
     head_chunk_tokens: int = 512
-    save_every: int = 20
+    save_every: int = 40
 
 
 def divergence(
@@ -68,12 +69,14 @@ def stream_error(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
 def optimiser_for(student: Student, settings: DistillSettings) -> torch.optim.Adam:
     special = {
         "router": settings.router_learning_rate,
-        "shared_gate": settings.router_learning_rate,
+        "shared_gate": settings.shared_gate_learning_rate,
+        "norms": settings.norm_learning_rate,
+        "final_norm": settings.norm_learning_rate,
     }
-    special |= {"norms": settings.norm_learning_rate, "final_norm": settings.norm_learning_rate}
     groups = [
-        {"params": [parameter], "lr": special.get(name, settings.learning_rate), "name": name}
+        {"params": [parameter], "lr": special.get(name, settings.factor_learning_rate)}
         for name, parameter in student.named_parameters()
+        if parameter.requires_grad
     ]
     for group in groups:
         group["peak"] = group["lr"]
@@ -105,12 +108,22 @@ def train_step(
     return kl, error.item()
 
 
+@torch.no_grad()
+def mean_divergence(student: Student, tokens: Tensor, settings: DistillSettings) -> float:
+    """KL divergence from the dense model, mean over tokens [sequences, length], nats."""
+    total = 0.0
+    for batch in torch.split(tokens, settings.sequences_per_step):
+        teacher, last = student(batch, dense=True)[0], student(batch)[0]
+        kl, _ = divergence(last, teacher, student.embedding, settings.head_chunk_tokens)
+        total += kl * len(batch)
+    return total / len(tokens)
+
+
 def save_checkpoint(
     path: Path, student: Student, optimiser: torch.optim.Adam | None, step: int, seconds: float
 ) -> None:
     """Everything but the dense weights, atomically."""
     state: dict[str, Any] = {"step": step, "seconds": seconds, "order": student.order}
-    state |= {"down_codes": student.down_codes, "down_scale": student.down_scale}
     state["parameters"] = {
         name: parameter.detach() for name, parameter in student.named_parameters()
     }
@@ -124,6 +137,7 @@ def save_checkpoint(
 def distill(
     student: Student,
     tokens: Tensor,
+    held_out: Tensor,
     settings: DistillSettings,
     checkpoint: Path,
     seconds: float,
@@ -134,6 +148,7 @@ def distill(
 
     Args:
         tokens: [sequences, length], taken in order and from the start again.
+        held_out: [sequences, length], whose divergence is logged with each checkpoint.
         resume: a checkpoint; without an optimiser in it (as `layerwise` leaves it) training begins.
     """
     optimiser = optimiser_for(student, settings)
@@ -152,5 +167,7 @@ def distill(
         log.info("step %d: divergence %.4f, stream %.4f, %.0f s", step, kl, error, elapsed)
         if step % settings.save_every == 0:
             save_checkpoint(checkpoint, student, optimiser, step, elapsed)
+            log.info("held out: %.4f", mean_divergence(student, held_out, settings))
     save_checkpoint(checkpoint, student, optimiser, step, seconds)
+    log.info("held out: %.4f", mean_divergence(student, held_out, settings))
     return step

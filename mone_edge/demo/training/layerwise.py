@@ -1,41 +1,64 @@
 """Cut the dense FFNs into experts, layer by layer, each against the dense model's residual stream.
 
 In: a `Student` with dense weights, token sequences. Out: the same `Student` with neurons grouped,
-routers that choose experts, and a first low-rank correction of `down_proj`. The student's own
+routers that choose experts, and a correction of `down_proj`, all in closed form. The student's own
 activations feed every layer, so a layer also corrects what the layers before it got wrong.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mone_edge.demo.training.model import Student, expert_mask, reorder, set_down_correction
+from mone_edge.demo.training.model import Shape, Student, reorder
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class LayerwiseSettings:
-    """How long and how hard each layer is fitted."""
+    """How each layer is fitted. Ridges are relative to the mean of the diagonal."""
 
-    router_steps: int = 200
-    router_batch_tokens: int = 1024
-    router_learning_rate: float = 0.01
     ridge: float = 0.01
+    down_ridges: tuple[float, ...] = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+    logit_deviation: float = 0.05
     cluster_rounds: int = 12
     cluster_tokens: int = 8192
     chunk: int = 16
 
 
-def neuron_use(hidden: Tensor, down: Tensor) -> Tensor:
-    """Size of each neuron's contribution, [tokens, neurons]: activation times length of its
-    column."""
-    lengths: Tensor = torch.linalg.vector_norm(down.float(), dim=0)
-    return hidden.float().abs() * lengths
+def ridge_regression(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
+    """The linear map [out, in] that ridge regression finds.
+
+    Args:
+        gram: input times input [in, in]. cross: wanted output times input [out, in].
+    """
+    gram = gram.double()
+    gram.diagonal().add_(ridge * gram.diagonal().mean())
+    root = torch.linalg.cholesky(gram)
+    return torch.cholesky_solve(cross.double().T, root).T.float()
+
+
+def best_ridge(
+    gram: Tensor, cross: Tensor, ridges: Iterable[float], held_out: list[tuple[Tensor, Tensor]]
+) -> tuple[float, Tensor]:
+    """The ridge whose correction leaves least on text it was not fitted on, and that correction.
+
+    Args:
+        gram, cross: as of `ridge_regression`. held_out: inputs [tokens, in] and wanted outputs
+            [tokens, out], both times the root of a token's weight.
+    """
+    corrections = {ridge: ridge_regression(gram, cross, ridge) for ridge in ridges}
+
+    def left(ridge: float) -> float:
+        errors = [wanted - F.linear(x, corrections[ridge]) for x, wanted in held_out]
+        return sum(float(error.square().sum()) for error in errors)
+
+    best = min(corrections, key=left)
+    return best, corrections[best]
 
 
 def balanced_groups(features: Tensor, groups: int, rounds: int) -> Tensor:
@@ -71,105 +94,68 @@ def balanced_groups(features: Tensor, groups: int, rounds: int) -> Tensor:
     return assigned
 
 
-def choose_order(hidden: Tensor, down: Tensor, shared: int, experts: int, rounds: int) -> Tensor:
-    """Order of neurons [neurons]: the `shared` most used, then `experts` groups that fire
-    together."""
-    use = neuron_use(hidden, down)
-    ranking = use.mean(dim=0).argsort(descending=True)
-    routed = ranking[shared:]
-    features = use[:, routed].sqrt()
-    features = F.normalize((features - features.mean(dim=0)).T, dim=1)
-    groups = balanced_groups(features, experts, rounds)
-    return torch.cat([ranking[:shared], routed[groups.argsort(stable=True)]])
-
-
-def expert_grams(hidden: Tensor, down: Tensor, experts: int) -> Tensor:
-    """Inner products of the experts' outputs, [tokens, experts, experts]."""
-    width = hidden.shape[1] // experts
-    outputs = torch.stack(
-        [
-            hidden[:, e * width : (e + 1) * width] @ down[:, e * width : (e + 1) * width].T
-            for e in range(experts)
-        ],
-        1,
-    )
-    return (outputs @ outputs.transpose(1, 2)).float()
-
-
-@torch.enable_grad()
-def fit_router(
-    x: Tensor,
-    grams: Tensor,
-    weight: Tensor,
-    top_k: int,
-    settings: LayerwiseSettings,
-    generator: torch.Generator,
+def choose_order(
+    inputs: list[Tensor], hidden: list[Tensor], down: Tensor, shape: Shape, s: LayerwiseSettings
 ) -> Tensor:
-    """Router [experts, hidden] whose gated choice best keeps the sum of all experts.
+    """Order of neurons [neurons]: the `shared` most used, then groups whose use is foreseen alike.
 
-    Fitted on FFN inputs x [tokens, hidden]; `weight` [tokens] is how much a token's squared error
-    counts. Starts from a ridge regression of the logarithm of each expert's output length.
-    """
-    experts = grams.shape[1]
-    x = x.float()
-    size = grams.diagonal(dim1=1, dim2=2).clamp_min(1e-12).sqrt()
-    target = size.log()
-    target = target - target.mean()
-    covariance = x.T @ x
-    covariance.diagonal().add_(settings.ridge * covariance.diagonal().mean())
-    router: Tensor = torch.linalg.solve(covariance, x.T @ target).T.contiguous()
-    router = (router * 0.4 / (x[:2048] @ router.T).std()).requires_grad_(True)
-    optimiser = torch.optim.Adam([router], lr=settings.router_learning_rate * router.std().item())
-    total = (weight * grams.sum(dim=(1, 2))).mean().item()
-    for step in range(settings.router_steps):
-        for group in optimiser.param_groups:
-            group["lr"] *= 0.1 ** (1 / settings.router_steps)
-        chosen = torch.randint(0, x.shape[0], (settings.router_batch_tokens,), generator=generator)
-        logits = x[chosen] @ router.T
-        gate = experts * logits.softmax(dim=-1) * expert_mask(logits, top_k) - 1
-        error = (gate.unsqueeze(1) @ grams[chosen] @ gate.unsqueeze(2)).flatten()
-        loss = (weight[chosen] * error).mean() / total
-        optimiser.zero_grad()
-        torch.autograd.backward([loss])
-        optimiser.step()
-        if step in (0, settings.router_steps - 1):
-            log.info("  router step %d: relative error %.4f", step, loss.item())
-    fitted: Tensor = router.detach()
-    return fitted
-
-
-def reduced_rank(gram: Tensor, cross: Tensor, rank: int, ridge: float) -> tuple[Tensor, Tensor]:
-    """Best correction up @ down [out, in] of a linear map, in the metric of its input.
-
-    The rows of `down` have length 1, as those of a fresh correction: Adam's steps then fit both.
+    A router is linear in the input of the layer, so neurons are grouped by what a linear regression
+    foresees of their use, not by the use itself: groups that fire together are of no help if no
+    router can tell when.
 
     Args:
-        gram: input times input [in, in]. cross: wanted change of the output times input [out, in].
+        inputs: of the FFN, [tokens, width] each. hidden: neuron activations, [tokens, neurons]
+            each. down: [width, neurons].
     """
-    gram = gram.double()
-    gram.diagonal().add_(ridge * gram.diagonal().mean())
-    root = torch.linalg.cholesky(gram)
-    # full solution in whitened coordinates: cross @ gram^-1 @ root = cross @ root^-T
-    whitened = torch.linalg.solve_triangular(root, cross.double().T, upper=False).T
-    left, values, right = torch.linalg.svd(whitened, full_matrices=False)
-    down = torch.linalg.solve_triangular(root.T, right[:rank].T, upper=True).T
-    length = down.norm(dim=1)
-    return (left[:, :rank] * values[:rank] * length).float(), (down / length[:, None]).float()
+    lengths = torch.linalg.vector_norm(down.float(), dim=0)
+    use = torch.stack([h.float().abs().mean(dim=0) for h in hidden]).mean(dim=0) * lengths
+    ranking = use.argsort(descending=True)
+    routed = ranking[shape.shared :]
+    roots = (h[:, routed].float().abs().mul_(lengths[routed]).sqrt_() for h in hidden)
+    foreseen = regression(inputs, (root - root.mean(dim=0) for root in roots), s.ridge)
+    tokens = sum(map(len, inputs))
+    sample = torch.cat(inputs)[:: -(-tokens // s.cluster_tokens)].float()
+    features = sample @ foreseen.T
+    features = F.normalize((features - features.mean(dim=0)).T, dim=1)
+    groups = balanced_groups(features, shape.experts, s.cluster_rounds)
+    return torch.cat([ranking[: shape.shared], routed[groups.argsort(stable=True)]])
 
 
-def full_rank(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
-    """The correction [out, in] that ridge regression finds; arguments as of `reduced_rank`."""
-    gram = gram.double()
-    gram.diagonal().add_(ridge * gram.diagonal().mean())
-    root = torch.linalg.cholesky(gram)
-    return torch.cholesky_solve(cross.double().T, root).T.float()
+def regression(inputs: list[Tensor], outputs: Iterable[Tensor], ridge: float) -> Tensor:
+    """Linear map [out, in] from inputs [tokens, in] to outputs [tokens, out], in parts."""
+    moments = [
+        (x.float().T @ x.float(), y.T @ x.float()) for x, y in zip(inputs, outputs, strict=True)
+    ]
+    gram, cross = (torch.stack(parts).sum(dim=0) for parts in zip(*moments, strict=True))
+    return ridge_regression(gram, cross, ridge)
 
 
-def four_bits(correction: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes from -7 to 7 (int8, same shape) and one scale (bf16) for each column."""
-    scale = (correction.abs().amax(dim=0) / 7).clamp_min(1e-12).to(torch.bfloat16)
-    codes = (correction / scale.float()).round().clamp(-7, 7).to(torch.int8)
-    return codes, scale
+def output_lengths(hidden: Tensor, down: Tensor, experts: int) -> Tensor:
+    """Lengths of the experts' outputs, [tokens, experts].
+
+    Args:
+        hidden, down: of the routed neurons, [tokens, neurons] and [width, neurons].
+    """
+    activations = hidden.float().view(len(hidden), experts, -1)
+    columns = down.float().view(len(down), experts, -1)
+    grams = torch.einsum("dei,dej->eij", columns, columns)
+    squares = torch.einsum("tei,eij,tej->te", activations, grams, activations)
+    return squares.clamp_min(1e-12).sqrt()
+
+
+def fit_router(inputs: list[Tensor], lengths: list[Tensor], settings: LayerwiseSettings) -> Tensor:
+    """Router [experts, width] that foresees the logarithm of each expert's output length.
+
+    The logits are shrunk to a small spread: their order is what counts, and gates that are all near
+    1 leave the dense model's sum of experts as it is.
+
+    Args:
+        inputs: of the FFN, [tokens, width] each. lengths: of the experts' outputs, [tokens,
+            experts] each.
+    """
+    mean = torch.cat(lengths).log().mean()
+    router = regression(inputs, (part.log() - mean for part in lengths), settings.ridge)
+    return router * settings.logit_deviation / (inputs[0].float() @ router.T).std()
 
 
 def _chunks(stream: Tensor, size: int) -> Iterator[slice]:
@@ -178,111 +164,69 @@ def _chunks(stream: Tensor, size: int) -> Iterator[slice]:
 
 @torch.no_grad()
 def convert_layers(
-    student: Student, tokens: Tensor, settings: LayerwiseSettings, seed: int
+    student: Student, tokens: Tensor, held_out: int, settings: LayerwiseSettings
 ) -> list[float]:
-    """Run over all layers; returns the relative error of the residual stream after each, a weighted
-    mean.
+    """Run over all layers; returns the relative error of the residual stream after each, on the
+    sequences that nothing is fitted on.
+
+    What is fitted on few tokens learns them by heart, and over 30 layers that adds up, so the ridge
+    of a layer's correction is the one that is best on those sequences.
 
     Args:
-        tokens: [sequences, length].
-    """
-    s = student.shape
-    generator = torch.Generator().manual_seed(seed)
-    teacher = student.embed(tokens)
-    stream = teacher.clone()
-    errors = []
-    for layer in range(s.layers):
-        for part in _chunks(stream, settings.chunk):
-            stream[part] += student.attention(layer, stream[part])
-            teacher[part] += student.attention(layer, teacher[part], dense=True)
-            teacher[part] += student.ffn(layer, teacher[part], dense=True)
-        weight = 1 / teacher.flatten(0, 1).square().sum(-1)
-        weight = (weight / weight.median()).clamp_max(4)
-        x = torch.cat(
-            [student.ffn_input(layer, stream[part]) for part in _chunks(stream, settings.chunk)]
-        )
-        sample = torch.randperm(x.shape[0], generator=generator)[: settings.cluster_tokens]
-        hidden = student.activations(layer, x[sample], dense=True)
-        order = choose_order(
-            hidden, student.w_down[layer], s.shared, s.experts, settings.cluster_rounds
-        )
-        reorder(student, layer, order)
-
-        down = student.w_down[layer]
-        hidden = torch.cat(
-            [student.activations(layer, part, dense=True) for part in torch.split(x, 4096)]
-        )
-        grams = torch.cat(
-            [
-                expert_grams(h[:, s.shared :], down[:, s.shared :], s.experts)
-                for h in torch.split(hidden, 2048)
-            ]
-        )
-        student.router[layer] = fit_router(x, grams, weight, s.top_k, settings, generator)
-        del grams
-
-        wanted = (teacher - stream).flatten(0, 1)
-        gram = torch.zeros(s.neurons, s.neurons)
-        cross = torch.zeros(s.hidden, s.neurons)
-        for rows in torch.split(torch.arange(x.shape[0]), 4096):
-            gated = student.apply_gates(hidden[rows], *student.gates(layer, x[rows]))
-            missing = (wanted[rows] - F.linear(gated, down).float()) * weight[rows, None]
-            weighted = (gated.float() * weight[rows, None].sqrt()).to(student.dtype)
-            gram += weighted.T @ weighted
-            cross += missing.to(student.dtype).T @ gated
-        del hidden
-        up, across = reduced_rank(gram, cross, s.first_fit_rank, settings.ridge)
-        student.w_down_fitted[layer] = (down.float() + up @ across).to(student.dtype)
-        for part in _chunks(stream, settings.chunk):
-            stream[part] += student.ffn(layer, stream[part])
-        left = (teacher - stream).flatten(0, 1).square().sum(-1) * weight
-        errors.append(float(left.mean() / (teacher.flatten(0, 1).square().sum(-1) * weight).mean()))
-        log.info("layer %d: relative error of the residual stream %.4f", layer, errors[-1])
-    return errors
-
-
-@torch.no_grad()
-def refit_down(student: Student, tokens: Tensor, settings: LayerwiseSettings) -> list[float]:
-    """Fit every layer's correction of `down_proj` anew, on more text; experts and routers stay.
-
-    One pass over the layers as in `convert_layers`, without what takes memory there: the first fit,
-    on few tokens, learns some of them by heart. Returns the same errors.
-
-    Args:
-        tokens: [sequences, length].
+        tokens: [sequences, length]. held_out: how many of them, the last, are not fitted on.
     """
     s = student.shape
     teacher = student.embed(tokens)
     stream = teacher.clone()
+    parts = list(_chunks(stream, settings.chunk))
+    fitted = len(parts) - -(-held_out // settings.chunk)
     errors = []
     for layer in range(s.layers):
-        down = student.w_down[layer]
-        gram = torch.zeros(s.neurons, s.neurons)
-        cross = torch.zeros(s.hidden, s.neurons)
-        kept = []
+        inputs, hidden, roots = [], [], []
         typical: Tensor | None = None
-        for part in _chunks(stream, settings.chunk):
+        for part in parts:
             stream[part] += student.attention(layer, stream[part])
             teacher[part] += student.attention(layer, teacher[part], dense=True)
             teacher[part] += student.ffn(layer, teacher[part], dense=True)
+            inputs.append(student.ffn_input(layer, stream[part]))
+            hidden.append(student.activations(layer, inputs[-1], dense=True))
             weight = 1 / teacher[part].flatten(0, 1).square().sum(-1)
             typical = weight.median() if typical is None else typical
-            root = (weight / typical).clamp_max(4).sqrt().unsqueeze(1)
-            x = student.ffn_input(layer, stream[part])
-            gated = student.apply_gates(student.activations(layer, x), *student.gates(layer, x))
+            roots.append((weight / typical).clamp_max(4).sqrt().unsqueeze(1))
+        down = student.w_down[layer]
+        order = choose_order(inputs[:fitted], hidden[:fitted], down, s, settings)
+        reorder(student, layer, order)
+        hidden = [h[:, order] for h in hidden]
+        down = student.w_down[layer]
+        lengths = [
+            output_lengths(h[:, s.shared :], down[:, s.shared :], s.experts)
+            for h in hidden[:fitted]
+        ]
+        student.router[layer] = fit_router(inputs[:fitted], lengths, settings)
+
+        gram = torch.zeros(s.neurons, s.neurons)
+        cross = torch.zeros(s.hidden, s.neurons)
+        checks = []
+        for i, (part, root) in enumerate(zip(parts, roots, strict=True)):
+            gated = student.apply_gates(hidden[i], *student.gates(layer, inputs[i]))
             stream[part] += F.linear(gated, down).view_as(stream[part]).float()
-            missing = (teacher[part] - stream[part]).flatten(0, 1)
-            weighted = gated.float() * root
-            gram.addmm_(weighted.T, weighted)
-            cross.addmm_((missing * root).T, weighted)
-            kept.append(gated)
-        codes, scale = four_bits(full_rank(gram, cross, settings.ridge))
-        set_down_correction(student, layer, codes, scale)
-        change_of_down = (codes.float() * scale.float()).to(student.dtype)
-        for part, gated in zip(_chunks(stream, settings.chunk), kept, strict=True):
-            change = F.linear(gated, change_of_down)
-            stream[part] += change.view_as(stream[part]).float()
+            missing = (teacher[part] - stream[part]).flatten(0, 1) * root
+            weighted = (gated.float() * root).to(student.dtype)
+            if i < fitted:
+                gram += weighted.T @ weighted
+                cross += missing.to(student.dtype).T @ weighted
+            else:
+                checks.append((weighted.float(), missing))
+            hidden[i] = gated
+        ridge, change = best_ridge(gram, cross, settings.down_ridges, checks)
+        student.down_change[layer] = change
+        change = (student.fitted_down(layer).float() - down.float()).to(student.dtype)
+        for part, gated in zip(parts, hidden, strict=True):
+            stream[part] += F.linear(gated, change).view_as(stream[part]).float()
         relative = (teacher - stream).square().sum(-1) / teacher.square().sum(-1)
-        errors.append(relative.mean().item())
-        log.info("layer %d: relative error of the residual stream %.4f", layer, errors[-1])
+        errors.append(relative[-held_out:].mean().item())
+        log.info(
+            "layer %d: ridge %g, relative error of the residual stream %.4f, held out %.4f",
+            *(layer, ridge, relative[:-held_out].mean(), errors[-1]),
+        )
     return errors

@@ -1,4 +1,4 @@
-"""The network that is trained: dense weights, frozen, under routers and low-rank corrections.
+"""The network that is trained: dense weights, frozen, under routers and corrections.
 
 One object is both the dense teacher (`dense=True`: no routing, no corrections) and the student. The
 whole FFN is one dense matmul whose neuron activations are multiplied by per-neuron gates: on a CPU
@@ -29,7 +29,6 @@ class Shape:
     experts: int = 24
     expert_width: int = 32
     top_k: int = 12
-    first_fit_rank: int = 64
     gate_up_rank: int = 16
     attention_rank: int = 8
 
@@ -72,6 +71,13 @@ def expert_mask(logits: Tensor, top_k: int, temperature: float = 0.5) -> Tensor:
     return hard + soft - soft.detach()
 
 
+def four_bits(correction: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes from -7 to 7 (int8, same shape) and one scale (bf16) for each column."""
+    scale = (correction.abs().amax(dim=0) / 7).clamp_min(1e-12).to(torch.bfloat16)
+    codes = (correction / scale.float()).round().clamp(-7, 7).to(torch.int8)
+    return codes, scale
+
+
 class Student(nn.Module):
     """Parameters are stacked by layer; frozen ones are buffers in bf16, trained ones float32."""
 
@@ -80,9 +86,6 @@ class Student(nn.Module):
     w_o: Tensor  # [layers, hidden, heads * head_width]
     w_gate_up: Tensor  # [layers, 2 * neurons, hidden], gate first
     w_down: Tensor  # [layers, hidden, neurons]
-    w_down_fitted: Tensor  # the student's: w_down + down_codes * down_scale, rounded
-    down_codes: Tensor  # [layers, hidden, neurons], int8 from -7 to 7
-    down_scale: Tensor  # [layers, neurons], bf16
     dense_norms: Tensor  # [layers, 2, hidden]: before attention, before the FFN
     dense_final_norm: Tensor
     order: Tensor  # [layers, neurons]: which dense neuron stands where
@@ -100,11 +103,6 @@ class Student(nn.Module):
         frozen("w_o", s.layers, s.hidden, s.heads * s.head_width)
         frozen("w_gate_up", s.layers, 2 * s.neurons, s.hidden)
         frozen("w_down", s.layers, s.hidden, s.neurons)
-        frozen("w_down_fitted", s.layers, s.hidden, s.neurons)
-        codes = torch.zeros(s.layers, s.hidden, s.neurons, dtype=torch.int8)
-        self.register_buffer("down_codes", codes)
-        scale = torch.zeros(s.layers, s.neurons, dtype=torch.bfloat16)
-        self.register_buffer("down_scale", scale)
         self.register_buffer("dense_norms", torch.ones(s.layers, 2, s.hidden))
         self.register_buffer("dense_final_norm", torch.ones(s.hidden))
         self.register_buffer("order", torch.arange(s.neurons).repeat(s.layers, 1))
@@ -119,6 +117,23 @@ class Student(nn.Module):
         self.gate_up_up, self.gate_up_down = low_rank(
             s.layers, 2 * s.neurons, s.hidden, s.gate_up_rank
         )
+        # not trained end to end: every layer was fitted to how the ones before it are rounded
+        change = torch.zeros(s.layers, s.hidden, s.neurons)
+        self.down_change = nn.Parameter(change, requires_grad=False)
+        self._unbound: dict[str, tuple[Tensor, ...]] = {}
+
+    def trained(self, name: str, layer: int) -> Tensor:
+        """A layer's part of a parameter; while `forward` runs, one view of many taken at once,
+        since the gradient of each single one would be as large as the whole parameter."""
+        if name in self._unbound:
+            return self._unbound[name][layer]
+        part: Tensor = getattr(self, name)[layer]
+        return part
+
+    def fitted_down(self, layer: int) -> Tensor:
+        """The student's `down_proj`: the dense one and its correction, as 4 bits hold it."""
+        codes, scale = four_bits(self.down_change[layer])
+        return (self.w_down[layer].float() + codes * scale.float()).to(self.dtype)
 
     def rotary(self, tokens: int) -> tuple[Tensor, Tensor]:
         s = self.shape
@@ -129,20 +144,20 @@ class Student(nn.Module):
 
     def _linear(self, name: str, layer: int, x: Tensor, dense: bool) -> Tensor:
         if name == "down" and not dense:
-            return F.linear(x, self.w_down_fitted[layer])
+            return F.linear(x, self.fitted_down(layer))
         y = F.linear(x, getattr(self, f"w_{name}")[layer])
         if dense:
             return y
-        up = getattr(self, f"{name}_up")[layer].to(self.dtype)
-        down = getattr(self, f"{name}_down")[layer].to(self.dtype)
+        up = self.trained(f"{name}_up", layer).to(self.dtype)
+        down = self.trained(f"{name}_down", layer).to(self.dtype)
         return y + F.linear(F.linear(x, down), up)
 
     def attention(self, layer: int, residual: Tensor, *, dense: bool = False) -> Tensor:
         """What attention adds to the residual stream [batch, tokens, hidden] (float32)."""
         s = self.shape
         batch, tokens, _ = residual.shape
-        norms = self.dense_norms if dense else self.norms
-        x = rms_norm(residual, norms[layer, 0], s.epsilon).to(self.dtype)
+        norms = self.dense_norms[layer] if dense else self.trained("norms", layer)
+        x = rms_norm(residual, norms[0], s.epsilon).to(self.dtype)
         qkv = (
             self._linear("qkv", layer, x, dense)
             .view(batch, tokens, -1, s.head_width)
@@ -159,8 +174,8 @@ class Student(nn.Module):
 
     def ffn_input(self, layer: int, residual: Tensor, *, dense: bool = False) -> Tensor:
         """Normalised input of the FFN, [tokens, hidden]."""
-        norms = self.dense_norms if dense else self.norms
-        x = rms_norm(residual, norms[layer, 1], self.shape.epsilon)
+        norms = self.dense_norms[layer] if dense else self.trained("norms", layer)
+        x = rms_norm(residual, norms[1], self.shape.epsilon)
         return x.reshape(-1, self.shape.hidden).to(self.dtype)
 
     def activations(self, layer: int, x: Tensor, *, dense: bool = False) -> Tensor:
@@ -172,9 +187,10 @@ class Student(nn.Module):
         """Gates near 1: of the shared expert [tokens, 1], of the experts [tokens, experts] (0: not
         chosen)."""
         x = x.float()
-        logits = F.linear(x, self.router[layer])
+        logits = F.linear(x, self.trained("router", layer))
         routed = self.shape.experts * logits.softmax(dim=-1) * expert_mask(logits, self.shape.top_k)
-        return 2 * torch.sigmoid(x @ self.shared_gate[layer]).unsqueeze(-1), routed
+        shared = 2 * torch.sigmoid(x @ self.trained("shared_gate", layer))
+        return shared.unsqueeze(-1), routed
 
     def apply_gates(self, hidden: Tensor, shared: Tensor, routed: Tensor) -> Tensor:
         s = self.shape
@@ -201,12 +217,15 @@ class Student(nn.Module):
 
     def forward(self, tokens: Tensor, *, dense: bool = False) -> tuple[Tensor, list[Tensor]]:
         """Last hidden state and the residual stream after every layer."""
+        stacked = {n: p for n, p in self.named_parameters() if len(p) == self.shape.layers}
+        self._unbound = {name: parameter.unbind() for name, parameter in stacked.items()}
         residual = self.embed(tokens)
         streams = []
         for layer in range(self.shape.layers):
             residual = residual + self.attention(layer, residual, dense=dense)
             residual = residual + self.ffn(layer, residual, dense=dense)
             streams.append(residual)
+        self._unbound = {}
         return self.final(residual, dense=dense), streams
 
 
@@ -226,7 +245,6 @@ def load_dense(student: Student, weights: dict[str, Tensor]) -> None:
             [block["mlp.gate_proj.weight"], block["mlp.up_proj.weight"]]
         )
         student.w_down[layer] = block["mlp.down_proj.weight"]
-        student.w_down_fitted[layer] = student.w_down[layer]
         student.dense_norms[layer, 0] = block["input_layernorm.weight"]
         student.dense_norms[layer, 1] = block["post_attention_layernorm.weight"]
     with torch.no_grad():
@@ -241,12 +259,5 @@ def reorder(student: Student, layer: int, order: Tensor) -> None:
     student.w_gate_up[layer] = student.w_gate_up[layer][both]
     student.w_down[layer] = student.w_down[layer][:, order]
     student.order[layer] = student.order[layer][order]
-    student.w_down_fitted[layer] = student.w_down_fitted[layer][:, order]
-
-
-def set_down_correction(student: Student, layer: int, codes: Tensor, scale: Tensor) -> None:
-    """Give `down_proj` a correction: codes [hidden, neurons] int8 times scale [neurons]."""
-    student.down_codes[layer] = codes
-    student.down_scale[layer] = scale
-    fitted = student.w_down[layer].double() + codes.double() * scale.double()
-    student.w_down_fitted[layer] = fitted.to(student.dtype)
+    with torch.no_grad():
+        student.down_change[layer] = student.down_change[layer][:, order]

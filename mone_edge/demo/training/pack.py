@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mone_edge.demo.training.model import four_bits
 from mone_edge.errors import MoneEdgeError
 
 LARGEST_SCALE_SPREAD = 2.0**24
@@ -53,8 +54,9 @@ def pack(state: dict[str, Any]) -> dict[str, Tensor]:
         parts[name] = parameters[name].to(torch.bfloat16)
     if not bool(parts["shared_gate"].float().abs().amax(dim=1).all()):
         raise MoneEdgeError("a shared gate is all zero: llama.cpp divides by its logit")
-    parts["down.codes"] = two_in_a_byte(state["down_codes"])
-    parts["down.scale"] = state["down_scale"]
+    codes, scales = zip(*(four_bits(change) for change in parameters["down_change"]), strict=True)
+    parts["down.codes"] = two_in_a_byte(torch.stack(codes))
+    parts["down.scale"] = torch.stack(scales)
     for name in FACTORS:
         up, down, scale = quantise(parameters[f"{name}_up"], parameters[f"{name}_down"])
         require_exact(scale, name)
