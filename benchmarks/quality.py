@@ -233,10 +233,15 @@ def stored(network: Any, plan: PrunePlan, fitted: LowRankNovices | None) -> floa
         kept += size // plan.num_experts[layer] * len(plan.kept[layer])
         if fitted and layer in fitted.layers:
             count, rank, inputs = fitted.layers[layer].down.shape
-            outputs, rank = fitted.layers[layer].up.shape[1], stored_rank(rank)
-            bits = rank * (inputs * _bits(inputs) + outputs * _bits(rank))
-            kept += count * bits / EXPERT_BITS
+            outputs = fitted.layers[layer].up.shape[1]
+            kept += count * novice_bits(rank, inputs, outputs) / EXPERT_BITS
     return kept / whole
+
+
+def novice_bits(rank: int, inputs: int, outputs: int) -> float:
+    """What the matrices of one low-rank novice take in a file."""
+    rank = stored_rank(rank)
+    return rank * (inputs * _bits(inputs) + outputs * _bits(rank))
 
 
 def _bits(row: int) -> float:
