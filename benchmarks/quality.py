@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mone_edge import calibration, demo, novices, regression, selection
+from mone_edge import calibration, demo, novices, pipeline, regression, selection
 from mone_edge.collect.experts import experts_modules
 from mone_edge.collect.fitting import fit_checkpoint
 from mone_edge.collect.loading import load_model
@@ -148,6 +148,7 @@ class Run:
         self.network = load_model(source.path, device="cpu", dtype="float32")
         self.tokenizer = calibration.transformers_tokenizer(source.path)
         self.scorer = self._scorer(arguments.text or demo.evaluation_text(), arguments.chunks)
+        self.change = pipeline.router_change(source, arguments.pretrained, offline=True)
         self.measured: dict[int, ExpertStats] = {}
         self.document: dict[str, Any] = {"rows": {}}
         if arguments.results.is_file():
@@ -192,12 +193,15 @@ class Run:
         if variant.name not in self.document["rows"]:
             stats = self.stats(variant.seed)
             experts = max(layer.num_experts for layer in stats.layers.values())
+            by_router = variant.method == ROUTER_NORM
             plan = make_plan(
                 stats,
                 prune_ratio=variant.removed / experts or variant.ratio,
                 method=variant.method,
                 replacement=variant.replacement,
                 seed=variant.seed,
+                pretrained=self.arguments.pretrained if by_router else "",
+                router_change=self.change if by_router else None,
             )
             fitted = self.fitted(plan, variant) if low_rank(variant.replacement) else None
             plan = fitted.decide(plan) if fitted else plan
@@ -421,6 +425,9 @@ def main() -> None:
     parser.add_argument("--ctx-size", type=int, default=512, help="of chunks")
     parser.add_argument("--equal-bytes", action="store_true")
     parser.add_argument("--variant", action="append", metavar="RATIO:METHOD:REPLACEMENT")
+    parser.add_argument(
+        "--pretrained", default="", metavar="MODEL", help=f"what {ROUTER_NORM} compares with"
+    )
     parser.add_argument("--seed", type=int, action="append", help="of the variants; default: 1")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
