@@ -439,6 +439,8 @@ def main() -> None:
         return
     if not (arguments.model and arguments.results):
         parser.error("MODEL and RESULTS are needed")
+    if not arguments.pretrained and any(ROUTER_NORM in v for v in arguments.variant or ()):
+        parser.error(f"{ROUTER_NORM} needs --pretrained")
     run(arguments)
 
 
