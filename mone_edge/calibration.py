@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from mone_edge import hub
 from mone_edge.documents import parse_json, reason
 from mone_edge.errors import MoneEdgeError, UsageError
 from mone_edge.paths import exists, expand, is_file
@@ -319,6 +320,7 @@ def _hub_documents(
         raise MoneEdgeError(
             f"--data {spec}: no such file; hub datasets need: pip install datasets"
         ) from error
+    hub.say_less()
     if offline:
         datasets.config.HF_HUB_OFFLINE = True
     split = match["split"] or "train"

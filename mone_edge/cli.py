@@ -88,7 +88,7 @@ def run(arguments: list[str]) -> int:
         return 2
     except click.UsageError as error:
         where = f"; see: {error.ctx.command_path} --help" if error.ctx else ""
-        _complain(f"{error.format_message()}{where}")
+        _complain(f"{error.format_message().rstrip('.')}{where}")
         return 2
     except click.ClickException as error:
         _complain(error.format_message())

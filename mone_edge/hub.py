@@ -3,12 +3,20 @@
 In: `org/name[@revision]`. Out: a folder. Knows nothing about what is in it.
 """
 
+import logging
 from pathlib import Path
 
 from mone_edge.documents import reason
 from mone_edge.errors import MoneEdgeError
 
 HUB_FILES = ("*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja", "*.txt", "README.md")
+
+
+def say_less() -> None:
+    """Keep the library's account of its retries off the terminal: what fails is one error."""
+    from huggingface_hub.utils.logging import set_verbosity
+
+    set_verbosity(logging.ERROR)
 
 
 def download(model: str, *, offline: bool) -> Path:
@@ -21,11 +29,13 @@ def download(model: str, *, offline: bool) -> Path:
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
+    say_less()
     repo, _, revision = model.partition("@")
     try:
         folder = snapshot_download(
@@ -34,6 +44,10 @@ def download(model: str, *, offline: bool) -> Path:
             allow_patterns=list(HUB_FILES),
             local_files_only=offline,
         )
+    except HFValidationError as error:
+        raise MoneEdgeError(
+            f"no model {model}: not a file or folder here, and not a name that the hub allows"
+        ) from error
     except GatedRepoError as error:
         raise MoneEdgeError(
             f"{repo} is gated: accept its terms on its hub page, then: hf auth login"

@@ -157,7 +157,21 @@ def test_task_files(line: str, told: str, workspace: Path, refuses: Refused) -> 
 
 
 @pytest.mark.parametrize("command", [("convert",), ("stats",), ("inspect",)])
-@pytest.mark.parametrize("model", ["nothing", "org/nothing", "~nobody-here/x", "a" * 300])
+@pytest.mark.parametrize(
+    "model",
+    [
+        "nothing",
+        "./nothing",
+        "x..y/z",
+        "org/x.git",
+        "org/x@",
+        "org./x",
+        "org/nothing",
+        "org/x@v1",
+        "~nobody-here/x",
+        "a" * 300,
+    ],
+)
 def test_models_that_are_not_there(
     command: tuple[str, ...], model: str, refuses: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
