@@ -149,6 +149,16 @@ def load(
     return Batches(tokens, names, sha256, seed, samples, seq_len, available, tuple(unused))
 
 
+def require(specs: Sequence[str]) -> None:
+    """Refuse what `load` would: files that are not there, and names that no dataset can have.
+
+    Raises:
+        MoneEdgeError: there is one among `specs`.
+    """
+    for spec in specs:
+        _find(split_weight(spec)[0])
+
+
 def split_weight(spec: str) -> tuple[str, float]:
     """`web.txt@3` -> `web.txt` and 3.0; weight 1 where none is given. A path that exists wins.
 
@@ -247,18 +257,26 @@ def _token_stream(spec: str, tokenizer: Tokenizer, enough: int, offline: bool) -
 
 
 def _documents(spec: str, tokenizer: Tokenizer, enough: int, offline: bool) -> Iterator[str]:
+    found = _find(spec)
+    if isinstance(found, Path):
+        return _file_documents(found, tokenizer, enough * MAX_CHARACTERS_PER_TOKEN)
+    return _hub_documents(spec, found, tokenizer, offline)
+
+
+def _find(spec: str) -> "Path | re.Match[str]":
+    """The file, or the parts of a dataset's name."""
     path = expand(spec)
     if exists(path) and path.is_dir():
         raise MoneEdgeError(f"--data {spec} is a folder; name a text or jsonl file in it")
     if is_file(path):
-        return _file_documents(path, tokenizer, enough * MAX_CHARACTERS_PER_TOKEN)
+        return path
     match = _HUB.fullmatch(spec)
     looks_like_file = path.suffix in FILE_SUFFIXES or spec.startswith((".", "/", "~"))
     if match is None or looks_like_file:
         raise MoneEdgeError(
             f"--data {spec}: no such file, and not a dataset name like name[subset](split):N"
         )
-    return _hub_documents(spec, match, tokenizer, offline)
+    return match
 
 
 def _file_documents(path: Path, tokenizer: Tokenizer, characters: int) -> Iterator[str]:

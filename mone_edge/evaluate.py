@@ -16,6 +16,7 @@ from mone_edge.errors import MoneEdgeError, UsageError
 from mone_edge.harness import score_harness
 from mone_edge.paths import exists, expand
 from mone_edge.scoring import (
+    N_CTX,
     Divergence,
     LanguageModel,
     Logits,
@@ -56,7 +57,7 @@ class Questions:
     text: str | None = None
     items: tuple[TaskItem, ...] = ()
     kld_base: str | None = None
-    n_ctx: int = 512
+    n_ctx: int = N_CTX
     max_chunks: int | None = None
     harness: tuple[str, ...] = ()
     limit: int | None = None
@@ -72,7 +73,7 @@ def evaluate(
     harness: Sequence[str] = (),
     limit: int | None = None,
     num_fewshot: int | None = None,
-    n_ctx: int = 512,
+    n_ctx: int = N_CTX,
     max_chunks: int | None = None,
     threads: int | None = None,
     offline: bool = False,

@@ -46,7 +46,7 @@ def check_gguf(path: Path) -> None:
     if exists(path) and path.is_dir():
         raise MoneEdgeError(f"{path} is a folder; name a .gguf file")
     if not is_file(path):
-        raise MoneEdgeError(f"no file {path}; make one with: mone-edge convert MODEL -o {path}")
+        raise MoneEdgeError(f"no file {path}; make a GGUF with: mone-edge convert MODEL")
     try:
         with path.open("rb") as file:
             start = file.read(len(GGUF_MAGIC))

@@ -23,6 +23,7 @@ Logits = NDArray[np.float32]
 Float = NDArray[np.float64]
 Progress = Callable[[str, int, int], None]  # what, done, total
 
+N_CTX = 512  # tokens per chunk of text
 ROWS_AT_ONCE = 64  # of [positions, vocabulary]: bounds the temporaries of a large vocabulary
 
 
@@ -125,6 +126,20 @@ def share_stderr(share: float, count: int) -> float:
     return math.sqrt(share * (1 - share) / (count - 1)) if count > 1 else 0.0
 
 
+def require_tokens(count: int, n_ctx: int) -> None:
+    """Refuse a text of less than two chunks.
+
+    Raises:
+        MoneEdgeError: it has `count` tokens only.
+    """
+    if count < 2 * n_ctx:
+        enough = f", or less context: mone-edge eval --ctx-size {count // 2}" if count >= 8 else ""
+        raise MoneEdgeError(
+            f"the text has {count} tokens, perplexity needs at least {2 * n_ctx} with a context "
+            f"of {n_ctx}; give a longer text{enough}"
+        )
+
+
 def chunk_ids(
     model: LanguageModel, text: str, n_ctx: int, max_chunks: int | None
 ) -> list[list[int]]:
@@ -138,11 +153,7 @@ def chunk_ids(
     if n_ctx < 4:
         raise MoneEdgeError(f"a context of {n_ctx} tokens leaves nothing to score; give 4 or more")
     ids = model.token_ids(text.removesuffix("\n"))
-    if len(ids) < 2 * n_ctx:
-        raise MoneEdgeError(
-            f"the text has {len(ids)} tokens, perplexity needs at least {2 * n_ctx} with a context "
-            f"of {n_ctx}; give a longer text, or --ctx-size {max(4, len(ids) // 2)}"
-        )
+    require_tokens(len(ids), n_ctx)
     count = min(len(ids) // n_ctx, max_chunks or len(ids))
     return [ids[i * n_ctx : (i + 1) * n_ctx] for i in range(count)]
 
@@ -171,7 +182,7 @@ def score_text(
     model: LanguageModel,
     text: str,
     *,
-    n_ctx: int = 512,
+    n_ctx: int = N_CTX,
     max_chunks: int | None = None,
     base: LanguageModel | None = None,
     base_name: str = "",

@@ -134,6 +134,23 @@ def test_calibration_texts(
     refuses("stats", "model", "-o", "x.safetensors", "--data", name, told=told)
 
 
+@pytest.mark.parametrize(
+    ("options", "code", "told"),
+    [
+        (["--stats", "no.safetensors"], 1, "no statistics file no.safetensors"),
+        (["--novices", "no.safetensors"], 1, "no novices no.safetensors"),
+        (["--data", "no.txt"], 1, "--data no.txt: no such file"),
+        (["--data", "folder"], 1, "--data folder is a folder"),
+        (["--device", "cuda:9"], 2, "--device cuda:9 cannot be used"),
+    ],
+)
+def test_inputs_are_looked_for_before_the_work(
+    options: list[str], code: int, told: str, refuses: Refused, built_runtime: object
+) -> None:
+    whole = ("convert", "model", "--tokenizer-pre", "gpt-2", *OUT)
+    refuses(*whole, *options, "--dry-run", code=code, told=told)
+
+
 def test_hub_data_without_the_datasets_package(
     refuses: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:

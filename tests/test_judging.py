@@ -9,6 +9,7 @@ import pytest
 
 from mone_edge.cli import run
 from mone_edge.commands import judging
+from mone_edge.errors import MoneEdgeError
 from mone_edge.evaluate import evaluate
 from tests import tiny
 from tests.bad_input import refused
@@ -85,14 +86,20 @@ def test_a_file_that_is_not_good_enough_is_made_and_exits_with_3(
 
 
 def test_a_file_that_cannot_be_measured_is_told_of_and_exits_with_3(
-    command: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    command: list[str],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    (tmp_path / "short.txt").write_text("Too short.", encoding="utf-8")
-    options = ["--prune-ratio", "0", "--outtype", "F32", "-o", "x.gguf", "--ppl", "short.txt"]
+    def fails(*_: object, **__: object) -> None:
+        raise MoneEdgeError("the machine is on fire")
+
+    monkeypatch.setattr("mone_edge.evaluate.evaluate", fails)
+    options = ["--prune-ratio", "0", "--outtype", "F32", "-o", "x.gguf", "--ppl", "text.txt"]
     code, document, err = result(capfd, [*command, *options])
     assert code == 3
     assert document["bytes"] == (tmp_path / "x.gguf").stat().st_size
-    assert "made, but not measured: the text has" in err
+    assert "made, but not measured: the machine is on fire" in err
 
 
 def test_what_cannot_be_measured_is_refused_before_the_work(
@@ -103,6 +110,8 @@ def test_what_cannot_be_measured_is_refused_before_the_work(
 ) -> None:
     whole = [*command, "--outtype", "F32", "-o", "x.gguf"]
     refused(capfd, tmp_path, [*whole, "--ppl", "no.txt"], 1, "cannot read no.txt")
+    (tmp_path / "short.txt").write_text("Too short.", encoding="utf-8")
+    refused(capfd, tmp_path, [*whole, "--ppl", "short.txt", "--dry-run"], 1, "at least 1024 with")
     refused(capfd, tmp_path, [*whole, "--chunks", "2"], 2, "--chunks limits the text of --ppl")
     refused(capfd, tmp_path, [*whole, "--max-kld", "-1"], 2, "-1.0 is not in the range")
     refused(capfd, tmp_path, [*whole, "--max-kld", "nan"], 2, "--max-kld nan")

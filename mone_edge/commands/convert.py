@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from mone_edge.commands.deciding import Means, decide, fitted_novices
+from mone_edge.commands.deciding import Means, decide, fitted_novices, require_inputs
 from mone_edge.commands.judging import Judgement, measured_keys, measured_text
 from mone_edge.commands.options import calibration_options, plan_options
 from mone_edge.console import Console, common_options, force_option, human_bytes, offline_option
@@ -131,6 +131,8 @@ def command(
     ]
     inputs += _recipe_to_keep(recipe, chosen)
     _require_places(outfiles.values(), inputs, recipe, force=force, split=split_max_bytes > 0)
+    how = Means(device, threads, offline)
+    require_inputs(source, chosen, plan, stats, novices, how)
     whole = source.open(tokenizer_pre=chosen.tokenizer_pre)
     pretrained = "" if plan else chosen.pretrained
     change = pipeline.router_change(source, pretrained, offline=offline)
@@ -141,7 +143,6 @@ def command(
     if dry_run:
         _tell_estimate(console, rehearsal)
         return
-    how = Means(device, threads, offline)
     measured, decided = decide(console, source, chosen, plan, stats, how, change)
     decided, fitted = fitted_novices(console, source, chosen, decided, novices, how)
     jobs = convert.prepare(

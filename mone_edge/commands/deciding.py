@@ -29,6 +29,36 @@ class Means:
     offline: bool
 
 
+def require_inputs(
+    source: "Source",
+    recipe: "Recipe",
+    plan: "PrunePlan | None",
+    stats: Path | None,
+    novices: Path | None,
+    how: Means,
+) -> None:
+    """Refuse now what the stages below would refuse, the later ones after hours of work.
+
+    Raises:
+        MoneEdgeError: a file that was given is missing or damaged.
+        UsageError: there is no such device.
+    """
+    from mone_edge import calibration
+    from mone_edge.low_rank import LowRankNovices
+    from mone_edge.recipe import low_rank
+    from mone_edge.stats import ExpertStats
+
+    if stats:
+        ExpertStats.load(stats)
+    if novices:
+        LowRankNovices.load(novices)
+    measures = recipe.prune_ratio and not (plan or stats)
+    if measures or (low_rank(recipe.replacement) and not novices):
+        calibration.require(recipe.calibration.data)
+        if how.device != "auto":
+            source.require_device(how.device)
+
+
 def decide(
     console: Console,
     source: "Source",

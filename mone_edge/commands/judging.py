@@ -53,13 +53,14 @@ class Judgement:
         """Refuse now what could not be measured after hours of work.
 
         Raises:
-            MoneEdgeError: the text or the patched llama.cpp is missing, or the model and a file
-                made of it have no room in memory beside each other.
+            MoneEdgeError: the text or the patched llama.cpp is missing, the text is too short, or
+                the model and a file made of it have no room in memory beside each other.
         """
         from mone_edge import runtime
         from mone_edge.evaluate import read_text
+        from mone_edge.scoring import N_CTX, require_tokens
 
-        read_text(self.file)
+        require_tokens(len(source.tokenizer().ids(read_text(self.file))), N_CTX)
         runtime.load()
         weights = sum(math.prod(ref.shape) for ref in source.tensors.values())
         base = source.size if source.keeps_types else 4 * weights  # torch computes in float32
