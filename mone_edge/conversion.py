@@ -92,6 +92,7 @@ def open_checkpoint(
     except MoneEdgeError:
         raise
     except LOAD_ERRORS as error:
+        source.tokenizer()  # says more, where that is what is damaged
         raise MoneEdgeError(f"{source.name} cannot be converted: {reason(error)}") from error
     except Exception as error:
         if type(error) is not Exception:  # the Rust tokenizer raises nothing more special

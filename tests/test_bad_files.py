@@ -210,8 +210,8 @@ def test_tokenizers(
             file.unlink()
     else:
         (workspace / "model/tokenizer.json").write_text(content)
-    refuses(*CONVERT, "--prune-ratio", "0", told="model")
     refuses("stats", "model", "--data", "text.txt", "-o", "x.safetensors", told="tokenizer")
+    refuses(*CONVERT, "--prune-ratio", "0", told="tokenizer")
 
 
 @pytest.mark.parametrize(
