@@ -149,9 +149,10 @@ class LowRankNovices:
         ]
         if not tokens:
             return ""
+        span = " to ".join(map(str, dict.fromkeys((min(tokens), max(tokens)))))
         return (
             f"{len(tokens)} of {self.summary()['novices']} novices stay constants: on the "
-            f"{min(tokens)} to {max(tokens)} tokens that their experts saw, nothing more predicted "
+            f"{span} tokens that their experts saw, nothing more predicted "
             "those held out; more text may help (--samples, --data)"
         )
 

@@ -115,7 +115,7 @@ def test_the_same_results_give_the_same_page(folder: Path, tmp_path: Path) -> No
     put(folder / "eval.json", {"model": "small.gguf", **EVAL})
     pages = [tmp_path / "one.html", tmp_path / "two.html"]
     for page in pages:
-        assert run(["report", str(folder), "--html", str(page), "-q"]) == 0
+        assert run(["report", str(folder), "-o", str(page), "-q"]) == 0
     assert pages[0].read_bytes() == pages[1].read_bytes()
 
 

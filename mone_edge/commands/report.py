@@ -10,7 +10,7 @@ from mone_edge.console import Console, common_options, force_option, table
 @click.command("report")
 @click.argument("run_dir", type=click.Path(path_type=Path), metavar="RUN_DIR")
 @click.option(
-    "--html", type=click.Path(path_type=Path), metavar="FILE",
+    "-o", "--html", type=click.Path(path_type=Path), metavar="FILE",
     help="The page. [default: RUN_DIR/report.html]",
 )  # fmt: skip
 @force_option
