@@ -60,7 +60,8 @@ class Judgement:
         from mone_edge.evaluate import read_text
         from mone_edge.scoring import N_CTX, require_tokens
 
-        require_tokens(len(source.tokenizer().ids(read_text(self.file))), N_CTX)
+        start = read_text(self.file)[: 128 * N_CTX]  # a long text need not be read to its end
+        require_tokens(len(source.tokenizer().ids(start)), N_CTX)
         runtime.load()
         weights = sum(math.prod(ref.shape) for ref in source.tensors.values())
         base = source.size if source.keeps_types else 4 * weights  # torch computes in float32
