@@ -11,7 +11,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from mone_edge.errors import MoneEdgeError
-from mone_edge.llama import LogTail, check_gguf, default_threads, listen
+from mone_edge.llama import LogTail, check_gguf, listen
+from mone_edge.machine import cores
 
 DEFAULT_CONTEXT = 4096
 
@@ -45,7 +46,7 @@ class Generator:
     Args:
         path: the file.
         n_ctx: tokens that prompt and answer may fill together.
-        threads: None uses every processor.
+        threads: None uses every core (`machine.cores`).
         seed: of the sampler; the same seed, prompt and temperature give the same text.
 
     Raises:
@@ -72,7 +73,7 @@ class Generator:
         self._n_ctx = n_ctx
         log = LogTail()
         listen(self._api, log)
-        count = threads or default_threads()
+        count = threads or cores()
         try:
             self._llama = llama_cpp.Llama(
                 str(path),

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from mone_edge.errors import MoneEdgeError
 from mone_edge.graph import GraphObserver, Node
+from mone_edge.machine import cores
 from mone_edge.paths import exists, is_file
 
 Logits = NDArray[np.float32]
@@ -58,13 +59,6 @@ def check_gguf(path: Path) -> None:
         )
 
 
-def default_threads() -> int:
-    """Threads to compute with: the processors this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 class LogTail:
     """Keeps llama.cpp's error lines, for messages; everything else it logs is dropped."""
 
@@ -97,7 +91,7 @@ class GgufModel:
     Args:
         path: the file (of a split model: its first part).
         n_ctx: tokens of context to reserve at once; it grows when a sequence needs more.
-        threads: None uses every processor.
+        threads: None uses every core (`machine.cores`).
         watcher: sees tensors of every decoded batch (slower: the graph runs piecewise).
         observer: the same with the nodes of the graph themselves; one of the two.
         vocab_only: for token ids only; no weights are loaded.
@@ -129,7 +123,7 @@ class GgufModel:
         require_loadable(path)
         self.path = path
         self._api: Any = runtime.load().llama_cpp
-        self._threads = threads or default_threads()
+        self._threads = threads or cores()
         self._watcher = watcher
         self._observer = observer
         self._exact = exact

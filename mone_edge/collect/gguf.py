@@ -50,7 +50,7 @@ def collect(
         calibration: packed sequences of this model's token ids.
         model: the model as the user named it; default `path`.
         fingerprint: of the weights, recorded as given.
-        threads: None uses every processor.
+        threads: None uses every core.
         exact: keys and values in F32 and plain attention, as PyTorch computes; False: F16 and
             flash attention, as llama.cpp runs by default.
         on_progress: called with (sequences done, sequences in all).

@@ -53,7 +53,7 @@ def fit_gguf(
         plan: of the same file, with replacement "rank" or "rank-R".
         calibration: packed sequences of this model's token ids.
         work: folder for what is finished; stays until the caller has saved the result.
-        threads: None uses every processor.
+        threads: None uses every core.
         on_progress: called with (layers done, layers in all).
 
     Raises:

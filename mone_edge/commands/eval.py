@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 @click.option("--limit", type=click.IntRange(1), help="First N items of each task only.")
 @click.option("-c", "--ctx-size", default=512, show_default=True, help="Tokens per chunk of text.")
 @click.option("--chunks", type=click.IntRange(1), help="First N chunks of the text only.")
-@click.option("-t", "--threads", type=click.IntRange(1), help="Default: every processor.")
+@click.option("-t", "--threads", type=click.IntRange(1), help="[default: all cores]")
 @click.option("-o", "--output", type=click.Choice(["md", "json"]), default="md", show_default=True)
 @offline_option
 @common_options

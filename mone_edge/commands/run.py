@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @click.option("-p", "--prompt", help="What to continue, or with --chat to answer; - reads stdin.")
 @click.option("-n", "--n-predict", default=128, show_default=True, help="Tokens; -1: no limit.")
 @click.option("-c", "--ctx-size", default=4096, show_default=True, type=click.IntRange(8, 1 << 20))
-@click.option("-t", "--threads", type=click.IntRange(1), help="Default: every processor.")
+@click.option("-t", "--threads", type=click.IntRange(1), help="[default: all cores]")
 @click.option("--temp", default=0.8, show_default=True, type=click.FloatRange(0), help="0: greedy.")
 @click.option("--seed", default=42, show_default=True, type=click.IntRange(0))
 @click.option("--chat", is_flag=True, help="Use the model's chat template; without -p, talk.")
