@@ -95,7 +95,7 @@ def llama_perplexity(model: Path, text: Path, *options: str, until: str = "") ->
     tool, context = str(runtime.tool("llama-perplexity")), str(N_CTX)
     command = [tool, "-m", str(model), "-f", str(text), "-c", context, "-b", context, "-t", "1"]
     command += options
-    for _ in range(20):
+    for _ in range(500):
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         if until in done.stdout + done.stderr:
             break
