@@ -1,6 +1,8 @@
 """The model card that stands beside a GGUF: what was done to the model, how to do it again, and,
 where it was measured, what it cost."""
 
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +27,7 @@ tags: [moe, mone, pruned, gguf]
 Make it again:
 
 ```
-mone-edge convert {model} --recipe {recipe} -o {name}
+{command}
 ```
 
 Statistics: {stats}. Experts kept in each MoE layer: {kept}.
@@ -44,8 +46,14 @@ The patched llama.cpp runs no expert whose gate weight is below {share:g} of the
 another runs all that the router selects."""
 
 
-def write(outfile: Path, plan: PrunePlan | None, recipe: Recipe, size: int) -> None:
-    """Write `<outfile stem>.md`."""
+def write(
+    outfile: Path, plan: PrunePlan | None, recipe: Recipe, size: int, given: Sequence[str] = ()
+) -> None:
+    """Write `<outfile stem>.md`.
+
+    Args:
+        given: arguments that name what was made before (`--stats FILE`), to make the same again.
+    """
     patched = plan is not None and not plan.cuts and plan.removed_fraction > 0
     if plan is None or plan.removed_fraction == 0:
         what, kept, stats = "not pruned", "all", "none needed"
@@ -64,6 +72,9 @@ def write(outfile: Path, plan: PrunePlan | None, recipe: Recipe, size: int) -> N
     runs = PATCHED.format(name=outfile.name) if patched else STOCK
     if recipe.skip_threshold:
         runs += SKIPS.format(share=recipe.skip_threshold)
+    own_recipe = outfile.with_suffix(".recipe.yaml").name
+    command = ["mone-edge", "convert", recipe.model, "--recipe", own_recipe, *given]
+    command += ["-o", outfile.name]
     text = TEMPLATE.format(
         base=recipe.model,
         name=outfile.name,
@@ -71,7 +82,7 @@ def write(outfile: Path, plan: PrunePlan | None, recipe: Recipe, size: int) -> N
         what=what,
         bytes=f"{size:,}",
         runs=runs,
-        recipe=outfile.with_suffix(".recipe.yaml").name,
+        command=shlex.join(command),
         stats=stats,
         kept=kept,
     )

@@ -114,12 +114,13 @@ def prepare(
     if plan and imatrix:
         counted = stats if recipe.imatrix == "auto" else None
         imatrix = _kept_rows(imatrix, plan, counted)
-    if plan or recipe.skip_threshold:
-        model = _with_provenance(model, source, recipe, pruned=plan is not None)
-    return [
-        replace(_job(source, recipe, model, outtype, outfile, imatrix), plan=plan)
-        for outtype, outfile in outfiles.items()
-    ]
+    jobs = []
+    for outtype, outfile in outfiles.items():
+        own, marked = recipe.of_type(outtype), model
+        if plan or recipe.skip_threshold:
+            marked = _with_provenance(model, source, own, pruned=plan is not None)
+        jobs.append(replace(_job(source, own, marked, outtype, outfile, imatrix), plan=plan))
+    return jobs
 
 
 def _require_other_files(source: Source, outfiles: dict[str, Path]) -> None:
@@ -247,6 +248,7 @@ def write(
     jobs: Sequence[Job],
     recipe: Recipe,
     *,
+    given: Sequence[str] = (),
     split_max_bytes: int = 0,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -254,6 +256,9 @@ def write(
     """Write every job's file, all from one read of the weights.
 
     Nothing appears under its final name before all of it is there.
+
+    Args:
+        given: arguments besides the recipe that make the same again, for the model card.
 
     Raises:
         MoneEdgeError: the disk is full, a weight is not finite, or a file cannot be written.
@@ -270,7 +275,7 @@ def write(
             places = [Path(scratch) / str(i) for i in range(len(jobs))]
             _write_together(jobs, places, split_max_bytes, count, report)
             for job, place in zip(jobs, places, strict=True):
-                _write_beside(job, place, recipe)
+                _write_beside(job, place, recipe.of_type(job.outtype), given)
             made = [_publish(job, place) for job, place in zip(jobs, places, strict=True)]
     except OSError as error:
         raise MoneEdgeError(f"cannot write in {folder}: {error.strerror or error}") from error
@@ -278,10 +283,11 @@ def write(
     return [_result(job, files, seconds) for job, files in zip(jobs, made, strict=True)]
 
 
-def _write_beside(job: Job, place: Path, recipe: Recipe) -> None:
+def _write_beside(job: Job, place: Path, recipe: Recipe, given: Sequence[str]) -> None:
     parts = sorted(place.iterdir())
     recipe.save(beside(parts[0])[0])
-    card.write(parts[0], job.plan, recipe, sum(part.stat().st_size for part in parts))
+    size = sum(part.stat().st_size for part in parts)
+    card.write(parts[0], job.plan, recipe, size, given)
 
 
 def beside(outfile: Path) -> tuple[Path, Path]:

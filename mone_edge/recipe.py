@@ -99,8 +99,12 @@ class Recipe:
     tokenizer_pre: str = ""
     calibration: Calibration = Calibration()
 
+    def of_type(self, outtype: str) -> "Recipe":
+        """The recipe of one of its file types alone."""
+        return dataclasses.replace(self, outtype=(outtype,))
+
     def to_yaml(self) -> str:
-        """YAML text; `from_yaml` gives the same recipe back."""
+        """YAML text, which `load` reads back."""
         import yaml
 
         return yaml.safe_dump(_plain(dataclasses.asdict(self)), sort_keys=False)

@@ -1,5 +1,6 @@
 """Conversion against llama.cpp's own two steps, and what pruning does to each tensor."""
 
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from gguf import GGUFReader
 
-from mone_edge import convert, novices, runtime
+from mone_edge import cli, convert, novices, runtime
 from mone_edge import imatrix as imatrices
 from mone_edge.errors import MoneEdgeError
 from mone_edge.plan import make_plan
@@ -169,6 +170,27 @@ def test_metadata_of_a_pruned_file(calibrated: Calibrate, tmp_path: Path) -> Non
     assert "prune_ratio: 0.25" in fields["mone.recipe"]
     assert (tmp_path / "p.recipe.yaml").read_text() == fields["mone.recipe"]
     assert "25.0% of its routed experts" in (tmp_path / "p.md").read_text()
+
+
+@pytest.mark.parametrize("given", ["stats", "plan"])
+def test_the_command_on_the_card_makes_the_same_file(
+    given: str, calibrated: Calibrate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = calibrated("olmoe")
+    monkeypatch.chdir(tmp_path)
+    options = ["--stats", str(model.stats_file), "--prune-ratio", "0.5"]
+    if given == "plan":
+        assert cli.run(["plan", *options[1:], "--scope", "model", "-o", "p.json"]) == 0
+        options = ["--plan", "p.json"]
+    types = ["--outtype", "Q8_0", "--outtype", "F16", "-o", "x {ftype}.gguf"]
+    name = str(model.source.path)
+    assert cli.run(["convert", name, *options, *types, "--tokenizer-pre", "gpt-2"]) == 0
+    for outtype in ("Q8_0", "F16"):
+        made = Path(f"x {outtype}.gguf").read_bytes()
+        card = Path(f"x {outtype}.md").read_text(encoding="utf-8")
+        (command,) = (line for line in card.splitlines() if line.startswith("mone-edge convert"))
+        assert cli.run([*shlex.split(command)[1:], "--force"]) == 0
+        assert Path(f"x {outtype}.gguf").read_bytes() == made
 
 
 def test_a_pruned_expert_is_never_read(calibrated: Calibrate, tmp_path: Path) -> None:

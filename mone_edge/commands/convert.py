@@ -150,7 +150,12 @@ def command(
     )
     with console.progress("writing", "B") as progress:
         made = convert.write(
-            jobs, chosen, split_max_bytes=split_max_bytes, threads=threads, progress=progress
+            jobs,
+            chosen,
+            given=arguments(stats=stats, plan=plan_file, novices=novices),
+            split_max_bytes=split_max_bytes,
+            threads=threads,
+            progress=progress,
         )
     if not judgement.wanted:
         tell(console, made)
@@ -201,6 +206,11 @@ def _recipe(
     return recipes.Recipe(
         model=source.name, protect=tuple(protect), calibration=calibration, **fields
     )
+
+
+def arguments(**files: Path | None) -> list[str]:
+    """The options that name these files."""
+    return [part for name, file in files.items() if file for part in (f"--{name}", str(file))]
 
 
 def _plan_inside(ctx: click.Context, source: "Checkpoint", plan_file: Path | None) -> "PrunePlan":
@@ -292,9 +302,10 @@ def _require_places(
 
 def _recipe_to_keep(file: Path | None, recipe: "Recipe") -> list[Path]:
     """The recipe file that was given, unless this run would write the very same."""
-    if file is None or file.read_bytes() == recipe.to_yaml().encode():
+    if file is None:
         return []
-    return [file]
+    written = [recipe.of_type(outtype).to_yaml().encode() for outtype in recipe.outtype]
+    return [] if file.read_bytes() in written else [file]
 
 
 def _bytes(text: str) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mone_edge.commands.convert import plan_fields, tell
+from mone_edge.commands.convert import arguments, plan_fields, tell
 from mone_edge.console import Console, common_options, force_option, human_bytes, offline_option
 
 if TYPE_CHECKING:
@@ -62,7 +62,8 @@ def command(
     if isinstance(source, Checkpoint):
         _prune_checkpoint(console, source, plan, stats, fitted, outfile, force)
     else:
-        _prune_gguf(console, source, plan, stats, fitted, outfile, force)
+        given = arguments(plan=plan_file, stats=stats, novices=novices)
+        _prune_gguf(console, source, plan, stats, fitted, outfile, force, given)
 
 
 def _prune_checkpoint(
@@ -103,6 +104,7 @@ def _prune_gguf(
     fitted: "LowRankNovices | None",
     outfile: Path,
     force: bool,
+    given: list[str],
 ) -> None:
     from mone_edge import convert, pipeline, skipping
     from mone_edge.paths import require_writable
@@ -122,5 +124,5 @@ def _prune_gguf(
         source, recipe, {KEEP: outfile}, plan=plan, stats=measured, fitted=fitted
     )
     with console.progress("writing", "B") as progress:
-        made = convert.write(jobs, recipe, progress=progress)
+        made = convert.write(jobs, recipe, given=given, progress=progress)
     tell(console, made)
