@@ -38,10 +38,9 @@ from mone_edge.collect.fitting import fit_checkpoint
 from mone_edge.collect.loading import load_model
 from mone_edge.collect.work import Work, discard
 from mone_edge.evaluate import TorchModel
-from mone_edge.low_rank import LowRankNovices
+from mone_edge.low_rank import EXPERT_BITS, LowRankNovices, stored_bits
 from mone_edge.paths import atomic_write
 from mone_edge.plan import PrunePlan, make_plan
-from mone_edge.quantize import NOVICE_BLOCK, stored_rank
 from mone_edge.recipe import MERGING, NOVICE_ERROR, low_rank
 from mone_edge.regression import Moments
 from mone_edge.scoring import chunk_ids
@@ -53,7 +52,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 UNSCORED = 8  # the first eighth of each chunk is context only
-EXPERT_BITS = 4.5  # a weight, in a Q4_K_M file
 BATCH_TOKENS, ROWS = 8192, 512  # of a forward pass, and of logits at a time
 SEEDS, RATIOS = (1, 2, 3), (0.5, 0.25)
 MAIN = ("mone", "routing-score", "reap", "joint")
@@ -238,19 +236,8 @@ def stored(network: Any, plan: PrunePlan, fitted: LowRankNovices | None) -> floa
         if fitted and layer in fitted.layers:
             count, rank, inputs = fitted.layers[layer].down.shape
             outputs = fitted.layers[layer].up.shape[1]
-            kept += count * novice_bits(rank, inputs, outputs) / EXPERT_BITS
+            kept += count * stored_bits(rank, inputs, outputs) / EXPERT_BITS
     return kept / whole
-
-
-def novice_bits(rank: int, inputs: int, outputs: int) -> float:
-    """What the matrices of one low-rank novice take in a file."""
-    rank = stored_rank(rank)
-    return rank * (inputs * _bits(inputs) + outputs * _bits(rank))
-
-
-def _bits(row: int) -> float:
-    """Of a weight of a novice's matrix, which has rows of so many: Q8_0, or F16."""
-    return 16 if row % NOVICE_BLOCK else 8.5
 
 
 def variants(arguments: argparse.Namespace) -> Iterator[Variant]:

@@ -15,7 +15,8 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from mone_edge.quantize import NOVICE_BLOCK, quantize_rows, stored_rank
+from mone_edge.low_rank import NOVICE_BLOCK, stored_rank
+from mone_edge.quantize import quantize_rows
 
 LOGIT_STD = 2.0
 DRAWS = 20_000

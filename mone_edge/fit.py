@@ -8,7 +8,7 @@ which experts go; knows nothing about models, text or how moments are gathered (
 The weight makes the regression minimise `sum g^2 ||f - novice(x)||^2`, what the layer's output
 loses. An expert keeps as many components as lower its held-out error, none if none does: what has
 seen few tokens falls back to fewer ranks, then to the constant. Asked to choose ("rank"), a layer
-gets the smallest of `RANKS` that keeps `WORTH` of what the largest allowed one gains.
+gets the largest of `RANKS` whose bytes take away more error than whole experts for the same bytes.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mone_edge.low_rank import LayerNovices
+from mone_edge.low_rank import EXPERT_BITS, LayerNovices, stored_bits
 from mone_edge.plan import PrunePlan
 from mone_edge.recipe import NOVICE_ERROR, rank_of
 from mone_edge.regression import LowRank, Moments, fit
@@ -25,7 +25,6 @@ from mone_edge.regression import LowRank, Moments, fit
 Pairs = Iterable[tuple[Moments, Moments]]
 
 RANKS = (4, 8, 32, 64)  # that "rank" chooses from; 16 would be stored as 32 (`quantize`)
-WORTH = 0.95
 EXPERT_SHARE = 0.25  # of an expert's weights that a novice may have, where the rank is left open
 RUNS, HELD_OUT_EVERY = 40, 5  # runs of text, so that held-out tokens are not neighbours of others
 
@@ -55,17 +54,39 @@ class Limits:
         affordable = int(EXPERT_SHARE * self.expert_parameters) // (self.inputs + self.outputs)
         return max((r for r in RANKS if r <= min(whole, affordable)), default=min(RANKS[0], whole))
 
-    def choose(self, errors: Sequence[NDArray[np.float64]]) -> int:
-        """The rank to store, from the held-out errors [r + 1] of each expert."""
+    def choose(self, fits: "Sequence[LowRank]") -> int:
+        """The rank to store.
+
+        Where it is left open, a larger one is taken if what its novices leave is less than what
+        those of the smaller one would leave if its worst experts were kept for the same bytes of a
+        Q4_K_M file.
+        """
         if rank_of(self.replacement) is not None:
             return self.largest
-        after = {rank: sum(float(e[: rank + 1].min()) for e in errors) for rank in (0, *RANKS)}
-        gain = after[0] - after[self._within(self.largest)]
-        enough = after[0] - WORTH * gain
-        return next(r for r in (0, *RANKS) if after[r] <= enough) if gain > 0 else 0
+        chosen, left = 0, _left(fits, 0)
+        for rank in (r for r in RANKS if r <= self.largest):
+            after = _left(fits, rank)
+            more = len(fits) * (self._share(rank) - self._share(chosen))
+            if after.sum() < _without(left, more / (1 - self._share(chosen))):
+                chosen, left = rank, after
+        return chosen
 
-    def _within(self, rank: int) -> int:
-        return max(r for r in (0, *RANKS) if r <= rank)
+    def _share(self, rank: int) -> float:
+        """Bytes of a novice's matrices, as a share of an expert's."""
+        whole = EXPERT_BITS * self.expert_parameters
+        return stored_bits(rank, self.inputs, self.outputs) / whole
+
+
+def _left(fits: "Sequence[LowRank]", rank: int) -> NDArray[np.float64]:
+    """[experts] what the first `rank` components leave of the layer's output, held out."""
+    return np.array([f.left(rank) for f in fits])
+
+
+def _without(left: NDArray[np.float64], count: float) -> float:
+    """The sum without so many of the largest, the last of them in part."""
+    whole = int(count)
+    falling = np.append(np.sort(left)[::-1], np.zeros(whole + 1))
+    return float(falling[whole:].sum() - (count - whole) * falling[whole])
 
 
 def candidates(plan: PrunePlan, layer: int) -> tuple[int, ...]:
@@ -88,7 +109,7 @@ def plan_novices(
     """
     ids = candidates(plan, layer)
     fits, tokens = _fit_each(pairs, limits)
-    left = [found.left for found in fits]
+    left = [found.left() for found in fits]
     count = len(plan.pruned(layer))
     places = sorted(sorted(range(len(ids)), key=lambda place: (left[place], -place))[:count])
     chosen = [fits[place] for place in places], [tokens[place] for place in places]
@@ -106,7 +127,7 @@ def _fit_each(pairs: Pairs, limits: Limits) -> tuple[list[LowRank], list[int]]:
 
 
 def _novices(fits: list[LowRank], tokens: list[int], limits: Limits) -> LayerNovices:
-    width = limits.choose([found.errors for found in fits])
+    width = limits.choose(fits)
     ranks = [int(found.errors[: width + 1].argmin()) for found in fits]
     width = width if any(ranks) else 0
     down = np.zeros((len(fits), width, limits.inputs), np.float32)

@@ -28,6 +28,7 @@ from mone_edge import probe, runtime
 from mone_edge.conversion import UNQUANTISED, packages
 from mone_edge.errors import MoneEdgeError, UsageError
 from mone_edge.imatrix import Imatrix, write_imatrix
+from mone_edge.low_rank import NOVICE_BLOCK, stored_rank
 from mone_edge.model_file import Array, Chunk, LazyTensor, ModelFile
 
 KEEP = "keep"  # every tensor in the type it has, for sources that have types
@@ -40,7 +41,6 @@ OVERRIDE_FAULT = re.compile(
     r"^(?:parse_tensor_type: |.*failed to quantize: (?=.*regular))(.+)", re.M
 )
 NOVICE_MATRIX = re.compile(r"blk\.\d+\.ffn_novice_(down|up)\.weight")
-NOVICE_BLOCK = 32  # of Q8_0
 F16_MAX = 65504.0
 ROW_BYTES = 1 << 20  # of float input that a thread quantises at a time
 READ_AHEAD = 2  # chunks that are read before they are worked on
@@ -127,13 +127,6 @@ def novice_types(model: ModelFile, outtype: str) -> dict[str, str]:
     if outtype in UNQUANTISED:
         return dict.fromkeys(found, outtype)
     return {name: "F16" if width % NOVICE_BLOCK else "Q8_0" for name, width in found.items()}
-
-
-def stored_rank(rank: int) -> int:
-    """Components of a low-rank novice in a quantised file: from half a block of Q8_0 on, whole
-    blocks. Rank 16 takes 39 % more room that way than with rows of 16 in F16 (`ffn_novice_up`), but
-    llama.cpp multiplies what is left of an F16 row beside multiples of 32 or 64 value by value."""
-    return rank + -rank % NOVICE_BLOCK if rank >= NOVICE_BLOCK // 2 else rank
 
 
 def pad_novices(model: ModelFile) -> ModelFile:

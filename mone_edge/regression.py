@@ -109,11 +109,11 @@ class LowRank:
     ridge: float
     total: float  # sum w ||y - constant||^2 of all pairs
 
-    @property
-    def left(self) -> float:
-        """What the best rank leaves of `total`, by the share that it leaves of the held-out part:
-        the pairs held out are too few to tell how much an expert matters."""
-        share = self.errors.min() / self.errors[0] if self.errors[0] > 0 else 1.0
+    def left(self, rank: int | None = None) -> float:
+        """What the best rank (up to `rank`) leaves of `total`, by the share that it leaves of the
+        held-out part: the pairs held out are too few to tell how much an expert matters."""
+        errors = self.errors if rank is None else self.errors[: rank + 1]
+        share = errors.min() / errors[0] if errors[0] > 0 else 1.0
         return self.total * float(share)
 
     def bias(self, rank: int) -> Float:

@@ -291,7 +291,8 @@ def test_an_interrupt_leaves_nothing(
         "save": "import safetensors.numpy as m; m.save_file = pause",
     }[stage]
     script = f"""
-import sys, time, pathlib
+import signal, sys, time, pathlib
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs behind
 def pause(*a, **k):
     pathlib.Path("../ready").touch()
     time.sleep(60)

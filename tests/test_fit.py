@@ -22,7 +22,7 @@ from mone_edge.collect.work import Work
 from mone_edge.errors import MoneEdgeError, UsageError
 from mone_edge.low_rank import LayerNovices, LowRankNovices
 from mone_edge.plan import PrunePlan, make_plan
-from mone_edge.regression import Moments
+from mone_edge.regression import LowRank, Moments
 from mone_edge.source import Checkpoint, resolve
 from tests.conftest import Calibrated
 from tests.test_oracle import uneven_plan
@@ -355,3 +355,27 @@ def test_the_command(
     ):  # fmt: skip
         assert run(command) == 1
         assert told in capsys.readouterr().err
+
+
+def curve(*errors: float) -> LowRank:
+    """A fit that leaves these shares of its error at ranks 0, 4, 8 and 32."""
+    values = np.interp(np.arange(33), [0, 4, 8, 32], errors)
+    sides = np.zeros(256), np.zeros(256), np.zeros((32, 256)), np.zeros((256, 32))
+    return LowRank(*sides, values, 0.1, total=100.0)
+
+
+@pytest.mark.parametrize(
+    ("errors", "rank"),
+    [
+        ((1.0, 0.97, 0.95, 0.9), 0),  # whole experts for the same bytes take away more
+        ((1.0, 0.3, 0.29, 0.25), 4),
+        ((1.0, 0.5, 0.3, 0.27), 8),
+        ((1.0, 0.9, 0.6, 0.1), 32),
+    ],
+)
+def test_an_open_rank_is_worth_its_bytes(errors: tuple[float, ...], rank: int) -> None:
+    # experts of 128 neurons between 256 and 256: rank 8 takes 11 % of one, rank 32 takes 31 %
+    limits = fit.Limits("rank", 256, 256, 3 * 256 * 128)
+    assert limits.largest == 32
+    assert limits.choose([curve(*errors)] * 16) == rank
+    assert fit.Limits("rank-8", 256, 256, 3 * 256 * 128).choose([curve(*errors)]) == 8

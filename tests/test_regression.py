@@ -133,6 +133,6 @@ def test_what_is_left_is_the_held_out_share_of_all_pairs() -> None:
     _, y, w = (column.astype(np.float64) for column in rows)
     total = (w[:, None] * (y - w @ y / w.sum()) ** 2).sum()
     np.testing.assert_allclose(fitted.total, total, rtol=1e-4)
-    assert fitted.left == pytest.approx(total * fitted.errors.min() / fitted.errors[0], rel=1e-4)
+    assert fitted.left() == pytest.approx(total * fitted.errors.min() / fitted.errors[0], rel=1e-4)
     empty = Moments(np.zeros(3), np.zeros(3))
-    assert fit(empty, empty, 1).left == 0
+    assert fit(empty, empty, 1).left() == 0
