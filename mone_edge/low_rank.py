@@ -28,7 +28,7 @@ from mone_edge.stats import Provenance
 FORMAT = "mone-edge-novices"
 VERSION = 1
 NOVICE_BLOCK = 32  # of Q8_0
-EXPERT_BITS = 4.5  # of an expert's weight in a Q4_K_M file, beside which a novice is not small
+EXPERT_BITS = 4.5  # of an expert's weight in a Q4_K_M file
 
 Values = NDArray[np.float32]
 

@@ -272,7 +272,11 @@ def rehearse(
     jobs = convert.prepare(
         source, recipe, outfiles, whole=model, plan=plan, stats=measured, fitted=fitted
     )
-    quantize.require_loadable(jobs[0].model, source.name)
+    try:
+        quantize.require_loadable(jobs[0].model, source.name)
+    except MoneEdgeError:
+        source.tokenizer()  # says more, where that is what is missing
+        raise
     return jobs
 
 

@@ -167,12 +167,7 @@ def require_loadable(model: ModelFile, name: str) -> None:
             probe.require_loadable(header)
         except MoneEdgeError as error:
             why = str(error).replace(str(header), "the result")
-            cause = (
-                "its tokenizer files are missing or incomplete"
-                if "vocabulary" in why
-                else "config.json and weights do not agree"
-            )
-            raise MoneEdgeError(f"{name}: {cause}: {why}") from error
+            raise MoneEdgeError(f"{name}: config.json and weights do not agree: {why}") from error
 
 
 def _require_matches(overrides: tuple[str, ...], model: ModelFile) -> None:
