@@ -133,7 +133,10 @@ def test_unpruned_the_file_is_copied_byte_for_byte(
 
 
 def zeroed(path: Path, out: Path, plan: PrunePlan, stats: ExpertStats) -> Path:
-    """All experts of a GGUF in their order; those that a plan removes are constants instead."""
+    """All experts of a GGUF, in the plan's order; those that it removes are constants instead.
+
+    In the router's own order its softmax would add up in another one than the pruned file's.
+    """
     reader = gguf.GGUFReader(path)
     arch = reader.fields["general.architecture"].contents()
     writer = gguf.GGUFWriter(out, arch)
@@ -143,13 +146,14 @@ def zeroed(path: Path, out: Path, plan: PrunePlan, stats: ExpertStats) -> Path:
             sub = kinds[1] if len(kinds) > 1 else None
             writer.add_key_value(key, entry.contents(), kinds[0], sub)
     for tensor in reader.tensors:
-        data = np.array(tensor.data)
+        data, layer = tensor.data, int(tensor.name.split(".")[1]) if "blk." in tensor.name else -1
+        if "_exps.weight" in tensor.name or "ffn_gate_inp" in tensor.name:
+            data = np.array(data[list(plan.order(layer))])
         if "ffn_down_exps" in tensor.name:
-            layer = int(tensor.name.split(".")[1])
-            pruned = list(plan.pruned(layer))
-            data[pruned] = 0
+            kept = len(plan.kept[layer])
+            data[kept:] = 0
             bias = np.zeros_like(stats.layers[layer].output_mean, dtype=np.float32)
-            bias[pruned] = stats.layers[layer].output_mean[pruned]
+            bias[kept:] = stats.layers[layer].output_mean[list(plan.pruned(layer))]
             writer.add_tensor(f"blk.{layer}.ffn_down_exps.bias", bias)
         writer.add_tensor(tensor.name, data, raw_dtype=tensor.tensor_type)
     writer.write_header_to_file()
