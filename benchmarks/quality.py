@@ -26,7 +26,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 UNSCORED = 8  # the first eighth of each chunk is context only
-BATCH_TOKENS, ROWS = 8192, 512  # of a forward pass, and of logits at a time
+BATCH_TOKENS, ROWS = 2048, 512  # of a forward pass, and of logits at a time
 SEEDS, RATIOS = (1, 2, 3), (0.5, 0.25)
 MAIN = ("mone", "routing-score", "reap", "joint")
 METHODS = tuple(
@@ -188,33 +188,37 @@ class Run:
 
     def measure(self, variant: Variant) -> float:
         """Measure one, unless it is there; returns the share of expert weights that it stores."""
-        if variant.name not in self.document["rows"]:
-            stats = self.stats(variant.seed)
-            experts = max(layer.num_experts for layer in stats.layers.values())
-            by_router = variant.method == ROUTER_NORM
-            plan = make_plan(
-                stats,
-                prune_ratio=variant.removed / experts or variant.ratio,
-                method=variant.method,
-                replacement=variant.replacement,
-                seed=variant.seed,
-                pretrained=self.arguments.pretrained if by_router else "",
-                router_change=self.change if by_router else None,
-            )
-            fitted = self.fitted(plan, variant) if low_rank(variant.replacement) else None
-            plan = fitted.decide(plan) if fitted else plan
-            network = self.network
-            if plan.cuts:  # the model, which the others need whole
-                network = copy.deepcopy(network)
-            novices.apply(network, plan, stats, fitted)
-            row = asdict(variant) | {"stored": stored(self.network, plan, fitted)}
-            row |= self.scorer.score(network)
-            row |= fitted.summary() if fitted else {}
-            self.document["rows"][variant.name] = row
+        rows = self.document["rows"]
+        if variant.name not in rows:
+            experts = max(layer.num_experts for layer in self.stats(variant.seed).layers.values())
+            share = variant.removed / experts or variant.ratio
+            same = rows.get(replace(variant, ratio=share, removed=0).name)
+            rows[variant.name] = same | asdict(variant) if same else self._row(variant, share)
             with atomic_write(self.arguments.results) as temporary:
                 temporary.write_text(json.dumps(self.document, indent=1) + "\n", encoding="utf-8")
-            print(json.dumps(row), file=sys.stderr, flush=True)
-        return float(self.document["rows"][variant.name]["stored"])
+            print(json.dumps(rows[variant.name]), file=sys.stderr, flush=True)
+        return float(rows[variant.name]["stored"])
+
+    def _row(self, variant: Variant, share: float) -> dict[str, Any]:
+        """What becomes of the text with this share of each layer's experts removed."""
+        stats, by_router = self.stats(variant.seed), variant.method == ROUTER_NORM
+        plan = make_plan(
+            stats,
+            prune_ratio=share,
+            method=variant.method,
+            replacement=variant.replacement,
+            seed=variant.seed,
+            pretrained=self.arguments.pretrained if by_router else "",
+            router_change=self.change if by_router else None,
+        )
+        fitted = self.fitted(plan, variant) if low_rank(variant.replacement) else None
+        plan = fitted.decide(plan) if fitted else plan
+        network = self.network
+        if plan.cuts:  # the model, which the others need whole
+            network = copy.deepcopy(network)
+        novices.apply(network, plan, stats, fitted)
+        row = asdict(variant) | {"stored": stored(self.network, plan, fitted)}
+        return row | self.scorer.score(network) | (fitted.summary() if fitted else {})
 
     def fitted(self, plan: PrunePlan, variant: Variant) -> LowRankNovices:
         path = self.work / f"{variant.name}.safetensors"
