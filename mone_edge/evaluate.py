@@ -6,11 +6,14 @@ opens the models and puts the numbers together.
 """
 
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from mone_edge.errors import MoneEdgeError, UsageError
 from mone_edge.harness import score_harness
@@ -257,18 +260,51 @@ class TorchModel:
         return list(self._tokenizer(text, verbose=False)["input_ids"])
 
     def logits(self, tokens: Sequence[int], first: int = 0) -> Logits:
-        import torch
-
-        with torch.inference_mode():
-            ids = torch.tensor([list(tokens)], device=self._model.device)
-            output = self._model(ids, use_cache=False, logits_to_keep=len(tokens) - first)
-        result: Logits = output.logits[0].float().cpu().numpy()
-        return result
+        rows: Logits = self._read([tokens], len(tokens) - first, use_cache=False)[0][0]
+        return rows
 
     def branch_logits(
         self, prefix: Sequence[int], branches: Sequence[Sequence[int]]
     ) -> list[Logits]:
-        return [self.logits([*prefix, *branch[:-1]], len(prefix) - 1) for branch in branches]
+        """The prefix is read once, and all branches go on from its cache together.
+
+        Not with recurrent layers, nor where a model gives no cache: Jamba's, for one, forget the
+        prefix when more than one token follows.
+        """
+        start, cache = self._read([prefix], 1, use_cache=True)
+        if getattr(self._model, "_is_stateful", False) or not _repeats(cache):
+            return [self.logits([*prefix, *branch[:-1]], len(prefix) - 1) for branch in branches]
+        longest = max(map(len, branches)) - 1
+        rows = np.empty((len(branches), 0, self.vocab_size), np.float32)
+        if longest:
+            cache.batch_repeat_interleave(len(branches))
+            # what fills up the shorter ones comes after them, where no token of theirs looks
+            read = [[*branch[:-1], *[0] * longest][:longest] for branch in branches]
+            rows = self._read(read, longest, use_cache=True, past_key_values=cache)[0]
+        return [
+            np.concatenate([start[0], row[: len(branch) - 1]])
+            for branch, row in zip(branches, rows, strict=True)
+        ]
+
+    def _read(
+        self, sequences: Sequence[Sequence[int]], last: int, **options: Any
+    ) -> tuple[Logits, Any]:
+        """Logits [sequences, last, vocabulary] of the last tokens; the cache, where one is used."""
+        import torch
+
+        with torch.inference_mode(), warnings.catch_warnings():
+            # some models call `past_key_values` `cache` by now, and warn
+            warnings.simplefilter("ignore", FutureWarning)
+            ids = torch.tensor([list(tokens) for tokens in sequences], device=self._model.device)
+            output = self._model(ids, logits_to_keep=last, **options)
+        result: Logits = output.logits.float().cpu().numpy()
+        return result, output.get("past_key_values")
 
     def close(self) -> None:
         self._model = None
+
+
+def _repeats(cache: Any) -> bool:
+    """Whether a cache of transformers can serve several continuations at once."""
+    layers = getattr(cache, "layers", ())
+    return bool(layers) and all(hasattr(layer, "batch_repeat_interleave") for layer in layers)

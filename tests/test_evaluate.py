@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from mone_edge import runtime
+from mone_edge.collect.loading import load_model
 from mone_edge.errors import MoneEdgeError, UsageError
 from mone_edge.evaluate import TorchModel, evaluate
 from mone_edge.llama import GgufModel
@@ -20,7 +21,7 @@ from mone_edge.recipe import Recipe
 from mone_edge.scoring import chunk_ids, kl_divergence, log_softmax, score_text
 from mone_edge.source import resolve
 from mone_edge.tasks import TaskItem, log_likelihoods, read_items, score_items
-from tests import tiny
+from tests import architectures, tiny
 from tests.conftest import Calibrated
 
 N_CTX = 64
@@ -216,6 +217,19 @@ def test_choices_are_as_likely_as_in_plain_torch(files: Files) -> None:
         with GgufModel(files.whole, threads=1, exact=True) as model:
             assert log_likelihoods(model, item)[0] == pytest.approx(oracle, rel=1e-5)
         assert log_likelihoods(in_torch, item)[0] == pytest.approx(oracle, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gemma4", "jamba", "lfm2_moe", "deepseek_v3"])
+def test_choices_go_on_from_a_context_that_is_read_once(name: str, tmp_path: Path) -> None:
+    folder = architectures.make(name, tmp_path / "model")
+    model = TorchModel(load_model(folder, device="cpu", dtype="float32"), None)
+    ids = [int(i) for i in np.random.default_rng(0).integers(0, model.vocab_size, 90)]
+    prefix, branches = ids[:60], [ids[60:61], ids[61:75], ids[75:80]]  # gemma4 looks back 32
+    for branch, logits in zip(branches, model.branch_logits(prefix, branches), strict=True):
+        whole = model.logits([*prefix, *branch[:-1]], len(prefix) - 1)
+        assert np.abs(logits - whole).max() < 1e-5 * np.ptp(whole)
+    (only,) = model.branch_logits(prefix[:1], [ids[:1]])
+    assert np.array_equal(only, model.logits(prefix[:1]))
 
 
 def test_accuracy_follows_the_likelihoods(files: Files, tmp_path: Path) -> None:
