@@ -83,7 +83,7 @@ class Batches:
     """Packed calibration tokens and where they come from."""
 
     tokens: NDArray[np.int64]  # [samples, seq_len]
-    specs: tuple[str, ...]
+    specs: tuple[str, ...]  # as given; none: the text that comes with the package
     sha256: str  # of the token ids, little-endian int64, row by row
     seed: int
     requested_samples: int
@@ -146,7 +146,7 @@ def load(
     sha256 = hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest()
     length = tokens.shape[1]
     unused = [n for n, s in zip(names, streams, strict=True) if len(s) < length == seq_len]
-    return Batches(tokens, names, sha256, seed, samples, seq_len, available, tuple(unused))
+    return Batches(tokens, tuple(specs), sha256, seed, samples, seq_len, available, tuple(unused))
 
 
 def require(specs: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 In: a path or MODEL. Out: a plain document for `mone-edge inspect` and scripts.
 """
 
+import dataclasses
 import math
 from collections import Counter
 from pathlib import Path
@@ -159,6 +160,7 @@ def _plan(path: Path) -> dict[str, Any]:
         "prune_ratio": plan.prune_ratio,
         "removed_fraction": round(plan.removed_fraction, 6),
         "stats": plan.stats_path,
+        "calibration": dataclasses.asdict(plan.calibration) if plan.calibration else {},
         "experts_kept": {
             str(layer): f"{len(ids)}/{plan.num_experts[layer]}" for layer, ids in plan.kept.items()
         },

@@ -28,16 +28,18 @@ from mone_edge.recipe import (
     NOVICE_ERROR,
     REPLACEMENTS,
     SCOPES,
+    Calibration,
     contradiction,
     default_replacement,
     is_replacement,
+    read_calibration,
 )
 from mone_edge.selection import METHODS, ROUTER_NORM, Choice, merge, prune
 from mone_edge.stats import ExpertStats, Float
 
 FORMAT = "mone-edge-plan"
-VERSION = 2
-READABLE = (1, 2)  # 1: without groups
+VERSION = 3
+READABLE = (1, 2, 3)  # 1: without groups; 2: without the calibration
 UNKNOWN_METHOD = "unknown"  # of a model that somebody else pruned
 
 Groups = tuple[tuple[int, ...], ...]
@@ -63,6 +65,7 @@ class PrunePlan:
     pretrained: str = ""  # the model whose routers "router-norm" compared with
     stats_path: str = ""  # where the novices' means are
     stats_sha256: str = ""
+    calibration: Calibration | None = None  # what the statistics read, where that is known
     # Of "merge", of each kept expert: the ids that are merged into it, itself first, and the weight
     # of each of them. Empty for the other replacements.
     groups: Mapping[int, Groups] = field(default_factory=dict)
@@ -95,15 +98,15 @@ class PrunePlan:
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON, atomically."""
-        version = VERSION if self.groups else 1
-        document = {"format": FORMAT, "version": version, **self.document()}
+        document = {"format": FORMAT, "version": VERSION, **self.document()}
         with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
     def document(self) -> dict[str, Any]:
-        """What `parse` reads; without groups, where there are none, it is that of version 1."""
+        """What `parse` reads; what is not there is left out."""
         fields = dataclasses.asdict(self)
-        return {k: v for k, v in fields.items() if k not in ("groups", "merge_weights") or v}
+        optional = ("calibration", "groups", "merge_weights")
+        return {k: v for k, v in fields.items() if k not in optional or v}
 
     @classmethod
     def load(cls, path: Path) -> "PrunePlan":
@@ -142,6 +145,8 @@ class PrunePlan:
             for name in ("groups", "merge_weights"):
                 found = fields.get(name, {}).items()
                 fields[name] = {int(k): tuple(map(tuple, v)) for k, v in found}
+            if fields.get("calibration") is not None:
+                fields["calibration"] = read_calibration(where, fields["calibration"])
             plan = cls(**fields)
             plan._check(where)
         except (KeyError, ValueError, TypeError, AttributeError) as error:
@@ -287,6 +292,7 @@ def make_plan(
         pretrained=pretrained,
         stats_path=stats_path,
         stats_sha256=stats_sha256,
+        calibration=stats.provenance.calibration,
         groups=groups,
         merge_weights=shares,
     )

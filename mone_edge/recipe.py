@@ -141,15 +141,30 @@ def load(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} is not a recipe: nested too deeply") from error
     if not isinstance(document, dict):
         raise UsageError(f"{path} is not a recipe: it holds no options")
-    calibration = document.get("calibration") or {}
-    if not isinstance(calibration, dict):
-        raise UsageError(f"{path}: calibration is not a group of options")
-    _require_known(path, document, Recipe)
-    _require_known(path, calibration, Calibration, "calibration.")
-    _require_types(path, document, Recipe)
-    _require_types(path, calibration, Calibration, "calibration.")
-    _require_ranges(path, document, calibration)
+    _require_known(str(path), document, Recipe)
+    _require_types(str(path), document, Recipe)
+    _require_ranges(path, document)
+    read_calibration(str(path), document.get("calibration") or {})
     return document
+
+
+def read_calibration(where: str, document: Any) -> Calibration:
+    """A calibration from its options, as YAML or JSON has them; what is not set has its default.
+
+    Raises:
+        UsageError: it is no group of options, or sets one that does not exist.
+    """
+    if not isinstance(document, dict):
+        raise UsageError(f"{where}: calibration is not a group of options")
+    _require_known(where, document, Calibration, "calibration.")
+    _require_types(where, document, Calibration, "calibration.")
+    given = {name: value for name, value in document.items() if value is not None}
+    for name, least in (("samples", 1), ("seq_len", 2), ("seed", 0)):
+        if name in given and given[name] < least:
+            raise UsageError(
+                f"{where}: calibration.{name} is {given[name]}, at least {least} is needed"
+            )
+    return Calibration(**given | {"data": tuple(given.get("data", ()))})
 
 
 @functools.cache
@@ -174,14 +189,14 @@ def _loader() -> Any:
     return RecipeLoader
 
 
-def _require_known(path: Path, given: dict[str, Any], kind: Any, prefix: str = "") -> None:
+def _require_known(where: str, given: dict[str, Any], kind: Any, prefix: str = "") -> None:
     known = [f.name for f in dataclasses.fields(kind)]
     for name in given:
         if name not in known:
-            raise UsageError(f"{path}: no option {prefix}{name}; there are {', '.join(known)}")
+            raise UsageError(f"{where}: no option {prefix}{name}; there are {', '.join(known)}")
 
 
-def _require_types(path: Path, given: dict[str, Any], kind: Any, prefix: str = "") -> None:
+def _require_types(where: str, given: dict[str, Any], kind: Any, prefix: str = "") -> None:
     for field in dataclasses.fields(kind):
         value = given.get(field.name)
         if value is None or field.name == "calibration":
@@ -191,23 +206,19 @@ def _require_types(path: Path, given: dict[str, Any], kind: Any, prefix: str = "
         if wanted is tuple:
             wanted = (list, tuple)
         if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
-            raise UsageError(f"{path}: {prefix}{field.name} cannot be {reprlib.repr(value)}")
+            raise UsageError(f"{where}: {prefix}{field.name} cannot be {reprlib.repr(value)}")
         if wanted == (list, tuple):
-            _require_items(path, prefix + field.name, value)
+            _require_items(where, prefix + field.name, value)
 
 
-def _require_items(path: Path, name: str, values: list[Any]) -> None:
+def _require_items(where: str, name: str, values: list[Any]) -> None:
     wanted = int if name == "protect" else str
     for value in values:
         if type(value) is not wanted:
-            raise UsageError(f"{path}: {name} cannot hold {reprlib.repr(value)}")
+            raise UsageError(f"{where}: {name} cannot hold {reprlib.repr(value)}")
 
 
-def _require_ranges(path: Path, given: dict[str, Any], calibration: dict[str, Any]) -> None:
-    for name, least in (("samples", 1), ("seq_len", 2), ("seed", 0)):
-        value = calibration.get(name)
-        if value is not None and value < least:
-            raise UsageError(f"{path}: calibration.{name} is {value}, at least {least} is needed")
+def _require_ranges(path: Path, given: dict[str, Any]) -> None:
     ratio = given.get("prune_ratio")
     if ratio is not None and not 0 <= ratio < 1:
         raise UsageError(f"{path}: prune_ratio is {ratio}, not 0 <= ratio < 1")

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from mone_edge.documents import parse_json, reason, require_keys
 from mone_edge.errors import MoneEdgeError
 from mone_edge.paths import atomic_write, is_file
+from mone_edge.recipe import Calibration
 
 FORMAT = "mone-edge-stats"
 VERSION = 3
@@ -176,6 +177,13 @@ class Provenance:
     seq_len: int = 0
     seed: int = 0
     tool: str = ""  # versions that measured
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """What reads the same text again; None where merged parts read each its own."""
+        if len(self.data_sha256) != 1:
+            return None
+        return Calibration(self.data, self.samples, self.seq_len, self.seed)
 
 
 @dataclass(frozen=True)

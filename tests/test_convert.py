@@ -16,6 +16,7 @@ from mone_edge import imatrix as imatrices
 from mone_edge.errors import MoneEdgeError
 from mone_edge.plan import make_plan
 from mone_edge.recipe import Recipe
+from mone_edge.recipe import load as load_recipe
 from mone_edge.source import Source, resolve
 from tests import tiny
 from tests.conftest import Calibrated
@@ -191,6 +192,25 @@ def test_the_command_on_the_card_makes_the_same_file(
         (command,) = (line for line in card.splitlines() if line.startswith("mone-edge convert"))
         assert cli.run([*shlex.split(command)[1:], "--force"]) == 0
         assert Path(f"x {outtype}.gguf").read_bytes() == made
+
+
+def test_the_recipe_names_the_text_that_the_statistics_read(
+    calibrated: Calibrate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = calibrated("olmoe")
+    monkeypatch.chdir(tmp_path)
+    base = ["convert", str(model.source.path), "--stats", str(model.stats_file)]
+    base += ["--outtype", "F16", "--tokenizer-pre", "gpt-2", "-o"]
+    text = str(model.stats_file.with_name("text.txt"))
+    assert cli.run([*base, "a.gguf"]) == 0
+    assert load_recipe(Path("a.recipe.yaml"))["calibration"] == {
+        "data": [text], "samples": 10, "seq_len": 64, "seed": 0,
+    }  # fmt: skip
+    Path("r.yaml").write_text("calibration: {samples: 5, seq_len: 32, seed: null}")
+    assert cli.run([*base, "b.gguf", "--recipe", "r.yaml", "--samples", "6"]) == 0
+    assert load_recipe(Path("b.recipe.yaml"))["calibration"] == {
+        "data": [text], "samples": 6, "seq_len": 32, "seed": 0,
+    }  # fmt: skip
 
 
 def test_a_pruned_expert_is_never_read(calibrated: Calibrate, tmp_path: Path) -> None:

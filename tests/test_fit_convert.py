@@ -146,26 +146,28 @@ def test_all_roads_lead_to_one_file(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("mone_edge.pipeline.cache_dir", lambda: tmp_path / "cache")
     text = ["--data", str(model.stats_file.with_name("text.txt"))]
-    text += ["--samples", "12", "--seq-len", "64", "--seed", "0"]
+    text += ["--samples", "10", "--seq-len", "64", "--seed", "0"]
     name, stats = str(model.source.path), str(model.stats_file)
     common = ["--outtype", "Q8_0", "--tokenizer-pre", "gpt-2", "--imatrix", "none"]
     how = ["--prune-ratio", "0.5", "--replacement", "rank", "--method", method]
     assert run(["convert", name, *how, *text, *common, "--stats", stats, "-o", "a.gguf"]) == 0
     assert list((tmp_path / "cache/novices").glob("*.safetensors"))
     assert run(["plan", stats, *how, "-o", "p.json"]) == 0
-    assert run(["fit", name, "--plan", "p.json", "-o", "n.safetensors", *text]) == 0
+    assert run(["fit", name, "--plan", "p.json", "-o", "n.safetensors"]) == 0  # the same text
     given = ["--plan", "p.json", "--novices", "n.safetensors"]
     assert run(["convert", name, *given, *common, "-o", "b.gguf"]) == 0
     assert run(["prune", name, *given, "-o", "pruned"]) == 0
     assert run(["convert", "pruned", *common, "-o", "c.gguf"]) == 0
     capsys.readouterr()
-    again = ["convert", name, *how, *text, *common, "--stats", stats, "-o", "d.gguf"]
+    again = ["convert", name, *how, *common, "--stats", stats, "-o", "d.gguf"]
     assert run([*again, "--dry-run", "--json"]) == 0
     estimate = json.loads(capsys.readouterr().out)
     assert run(again) == 0
     assert "novices from" in capsys.readouterr().err
     assert tensors(Path("a.gguf")) == tensors(Path("b.gguf"))
     assert tensors(Path("a.gguf")) == tensors(Path("c.gguf")) == tensors(Path("d.gguf"))
+    recipes = [Path(f"{name}.recipe.yaml").read_text() for name in "abd"]
+    assert recipes[0] == recipes[1] == recipes[2]
     assert estimate["bytes"] >= sum(len(t[2]) for t in tensors(Path("a.gguf")).values())
     assert run(["convert", name, *how[:2], *common, "--stats", stats, "-o", "e.gguf",
                 "--novices", "n.safetensors"]) == 1  # fmt: skip

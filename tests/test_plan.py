@@ -13,7 +13,7 @@ from mone_edge import joint
 from mone_edge.criteria import CRITERIA, error_matrix
 from mone_edge.errors import MoneEdgeError, UsageError
 from mone_edge.plan import PrunePlan, make_plan, parse_layers
-from mone_edge.recipe import MERGING
+from mone_edge.recipe import MERGING, Calibration
 from mone_edge.selection import Choice, LayerChoice
 from mone_edge.stats import ExpertStats
 from tests.test_stats import make_stats
@@ -237,13 +237,26 @@ def test_merging_plan_round_trip(tmp_path: Path) -> None:
     plan = make_plan(make_stats(layers=3), method="hc-smoe")
     plan.save(tmp_path / "plan.json")
     assert PrunePlan.load(tmp_path / "plan.json") == plan
-    assert json.loads((tmp_path / "plan.json").read_text())["version"] == 2
 
 
-def test_plans_without_groups_are_those_of_version_1(tmp_path: Path) -> None:
-    make_plan(make_stats()).save(tmp_path / "plan.json")
+def test_plans_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    plan = make_plan(make_stats())
+    plan.save(tmp_path / "plan.json")
     document = json.loads((tmp_path / "plan.json").read_text())
-    assert document["version"] == 1 and "groups" not in document and "merge_weights" not in document
+    assert document["version"] == 3 and not document.keys() & {"groups", "merge_weights"}
+    del document["calibration"]
+    (tmp_path / "plan.json").write_text(json.dumps(document | {"version": 1}))
+    assert PrunePlan.load(tmp_path / "plan.json") == dataclasses.replace(plan, calibration=None)
+
+
+def test_a_plan_knows_what_the_statistics_read() -> None:
+    stats = make_stats()
+    assert make_plan(stats).calibration == Calibration(("text.txt",), 4, 16, 0)
+    assert make_plan(stats.merge(make_stats(seed=1))).calibration is None
+    document = make_plan(stats).document()
+    for wrong in ({"samples": 0}, {"data": "text.txt"}, {"seed": True}, {"steps": 1}, [1], 3):
+        with pytest.raises(MoneEdgeError, match=r"x\.json: .*calibration"):
+            PrunePlan.parse(document | {"calibration": wrong}, "x.json")
 
 
 @pytest.mark.parametrize(
@@ -259,7 +272,7 @@ def test_plans_without_groups_are_those_of_version_1(tmp_path: Path) -> None:
         ("kept", {"0": [0, 1, 2, 3, 4, 5], "1": [0, 1, 2, 3, 4, 5]}),
         ("method", "mone"),
         ("replacement", "drop"),
-        ("version", 3),
+        ("version", 4),
     ],
 )
 def test_damaged_groups_get_one_line(tmp_path: Path, field: str, value: object) -> None:
@@ -326,7 +339,7 @@ def test_missing_and_foreign_files_get_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("version", 3),
+        ("version", 4),
         ("kept", {"0": [0, 1]}),
         ("kept", {"0": [8], "1": [0]}),
         ("kept", {"0": [1, 0], "1": [0]}),

@@ -12,7 +12,7 @@ from click.core import ParameterSource
 
 from mone_edge.commands.deciding import Means, decide, fitted_novices, require_inputs
 from mone_edge.commands.judging import Judgement, measured_keys, measured_text
-from mone_edge.commands.options import calibration_options, plan_options
+from mone_edge.commands.options import calibration_options, chosen_calibration, plan_options
 from mone_edge.console import Console, common_options, force_option, human_bytes, offline_option
 from mone_edge.errors import CheckFailed, MoneEdgeError, UsageError
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mone_edge.convert import Converted, Job
     from mone_edge.evaluate import EvalResult
     from mone_edge.plan import PrunePlan
-    from mone_edge.recipe import Recipe
+    from mone_edge.recipe import Calibration, Recipe
     from mone_edge.source import Checkpoint, Source
 
 PLAN_FIELDS = (
@@ -106,22 +106,25 @@ def command(
     from mone_edge.paths import expand
     from mone_edge.plan import PrunePlan
     from mone_edge.source import Checkpoint, resolve
+    from mone_edge.stats import ExpertStats
 
     split_max_bytes = _bytes(split_max_size)
     judgement = Judgement(text, chunks, max_kld)
     inputs = [path for path in (stats, plan_file, novices, text) if path]
     plan = PrunePlan.load(plan_file) if plan_file else None
+    read = ExpertStats.load(stats).provenance.calibration if stats else None
     source = resolve(model, offline=offline)
-    chosen = _recipe(ctx, source, options, recipe)
+    inside = None
+    if isinstance(source, Checkpoint) and source.is_pruned:
+        plan = inside = _plan_inside(ctx, source, plan_file)
+    chosen = _recipe(ctx, source, options, recipe, (plan and plan.calibration) or read)
     chosen = dataclasses.replace(chosen, outtype=_file_types(source, chosen.outtype))
     for warning in (_quantised_twice(source, chosen.outtype), _skipping_lost(source, chosen)):
         if warning:
             console.warn(warning)
-    if isinstance(source, Checkpoint) and source.is_pruned:
-        plan = _plan_inside(ctx, source, plan_file)
-        if stats is None and chosen.imatrix == "auto":
-            console.info(f"{model} is pruned already; quantising without an importance matrix")
-            chosen = dataclasses.replace(chosen, imatrix="none")
+    if inside and stats is None and chosen.imatrix == "auto":
+        console.info(f"{model} is pruned already; quantising without an importance matrix")
+        chosen = dataclasses.replace(chosen, imatrix="none")
     if plan:
         chosen = dataclasses.replace(chosen, **plan_fields(plan))
     outfiles = _outfiles(source, chosen, outfile)
@@ -132,7 +135,8 @@ def command(
     inputs += _recipe_to_keep(recipe, chosen)
     _require_places(outfiles.values(), inputs, recipe, force=force, split=split_max_bytes > 0)
     how = Means(device, threads, offline)
-    require_inputs(source, chosen, plan, stats, novices, how)
+    measured_before = not chosen.prune_ratio or bool(plan or stats)
+    require_inputs(source, chosen, novices, how, measured=measured_before)
     whole = source.open(tokenizer_pre=chosen.tokenizer_pre)
     pretrained = "" if plan else chosen.pretrained
     change = pipeline.router_change(source, pretrained, offline=offline)
@@ -170,37 +174,42 @@ def command(
 
 
 def _recipe(
-    ctx: click.Context, source: "Source", options: dict[str, Any], file: Path | None
+    ctx: click.Context,
+    source: "Source",
+    options: dict[str, Any],
+    file: Path | None,
+    measured: "Calibration | None",
 ) -> "Recipe":
-    """Options given on the command line, then those of the recipe file, then the defaults."""
+    """Options given on the command line, then those of the recipe file, then the defaults.
+
+    Args:
+        measured: what the statistics read that are used.
+    """
     from mone_edge import recipe as recipes
     from mone_edge.plan import parse_layers
     from mone_edge.quantize import KEEP
 
     saved = recipes.load(file) if file else {}
-    nested = saved.get("calibration") or {}
 
-    def value(name: str, where: dict[str, Any]) -> Any:
+    def value(name: str) -> Any:
         given = ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
-        chosen = options[name] if given or where.get(name) is None else where[name]
-        is_list = name in ("data", "outtype", "tensor_type")
+        chosen = options[name] if given or saved.get(name) is None else saved[name]
+        is_list = name in ("outtype", "tensor_type")
         return (
             tuple([chosen] if is_list and isinstance(chosen, str) else chosen)
             if is_list
             else chosen
         )
 
-    calibration = recipes.Calibration(
-        **{f.name: value(f.name, nested) for f in dataclasses.fields(recipes.Calibration)}
-    )
+    calibration = chosen_calibration(ctx, measured, saved.get("calibration"))
     names = [f.name for f in dataclasses.fields(recipes.Recipe)]
-    fields = {n: value(n, saved) for n in names if n in options and n != "protect"}
+    fields = {n: value(n) for n in names if n in options and n != "protect"}
     if source.keeps_types and ParameterSource.COMMANDLINE is not ctx.get_parameter_source(
         "outtype"
     ):
         fields["outtype"] = tuple(saved.get("outtype") or (KEEP,))
     fields["replacement"] = fields["replacement"] or recipes.default_replacement(fields["method"])
-    protect = value("protect", saved)
+    protect = value("protect")
     if isinstance(protect, str):
         protect = parse_layers(protect, range(source.num_layers))
     return recipes.Recipe(

@@ -32,12 +32,15 @@ class Means:
 def require_inputs(
     source: "Source",
     recipe: "Recipe",
-    plan: "PrunePlan | None",
-    stats: Path | None,
     novices: Path | None,
     how: Means,
+    *,
+    measured: bool,
 ) -> None:
     """Refuse now what the stages below would refuse, the later ones after hours of work.
+
+    Args:
+        measured: statistics are there, or none are needed.
 
     Raises:
         MoneEdgeError: a file that was given is missing or damaged.
@@ -46,14 +49,10 @@ def require_inputs(
     from mone_edge import calibration
     from mone_edge.low_rank import LowRankNovices
     from mone_edge.recipe import low_rank
-    from mone_edge.stats import ExpertStats
 
-    if stats:
-        ExpertStats.load(stats)
     if novices:
         LowRankNovices.load(novices)
-    measures = recipe.prune_ratio and not (plan or stats)
-    if measures or (low_rank(recipe.replacement) and not novices):
+    if not measured or (low_rank(recipe.replacement) and not novices):
         calibration.require(recipe.calibration.data)
         if how.device != "auto":
             source.require_device(how.device)

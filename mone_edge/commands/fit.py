@@ -1,10 +1,11 @@
 """`mone-edge fit`: low-rank novices for the experts that a plan removes."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from mone_edge.commands.options import calibration_options
+from mone_edge.commands.options import calibration_options, chosen_calibration
 from mone_edge.console import Console, common_options, force_option, offline_option
 
 
@@ -24,24 +25,25 @@ from mone_edge.console import Console, common_options, force_option, offline_opt
 @force_option
 @offline_option
 @common_options
+@click.pass_context
 def command(
+    ctx: click.Context,
+    /,
     console: Console,
     model: str,
     plan_file: Path,
     outfile: Path,
-    data: tuple[str, ...],
-    samples: int,
-    seq_len: int,
-    seed: int,
     device: str,
     resume: bool,
     threads: int | None,
     force: bool,
     offline: bool,
+    **_calibration: Any,
 ) -> None:
     """Fit a small linear map in place of each expert that a plan removes from MODEL.
 
-    Goes through the model layer by layer, with one layer's weights in memory.
+    Goes through the model layer by layer, with one layer's weights in memory. Reads the text that
+    the plan's statistics read, unless --data, --samples, --seq-len or --seed say otherwise.
 
     \b
     mone-edge plan stats.safetensors --prune-ratio 0.5 --replacement rank-16 -o plan.json
@@ -52,12 +54,12 @@ def command(
     from mone_edge.collect.work import Work, discard, unfinished, work_path
     from mone_edge.paths import expand, require_writable
     from mone_edge.plan import PrunePlan
-    from mone_edge.recipe import Calibration
     from mone_edge.source import resolve
 
     plan = PrunePlan.load(plan_file)
     source = resolve(model, offline=offline)
-    inputs = [*source.files, plan_file, *map(expand, data)]
+    calibration = chosen_calibration(ctx, plan.calibration)
+    inputs = [*source.files, plan_file, *map(expand, calibration.data)]
     require_writable(outfile, force=force, inputs=inputs)
     work = Work(work_path(outfile), resume=resume, restart=force)
     if resume and not work.started:
@@ -67,7 +69,7 @@ def command(
             fitted = pipeline.fit(
                 source,
                 plan,
-                Calibration(data, samples, seq_len, seed),
+                calibration,
                 work,
                 device=device,
                 threads=threads,

@@ -1,11 +1,19 @@
 """Options that more than one command has, and the lists of names they take."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
-from mone_edge.recipe import DEFAULT_METHOD, REPLACEMENTS, SCOPES, is_replacement
+from mone_edge.recipe import (
+    DEFAULT_METHOD,
+    REPLACEMENTS,
+    SCOPES,
+    Calibration,
+    is_replacement,
+)
 
 Command = Callable[..., Any]
 
@@ -29,6 +37,22 @@ def calibration_options(command: Command) -> Command:
         click.option("--device", default="auto", show_default=True, help="A torch device."),
     ]
     return _apply(options, command)
+
+
+def chosen_calibration(
+    ctx: click.Context, measured: Calibration | None, saved: Mapping[str, Any] | None = None
+) -> Calibration:
+    """Options of the command line, then a recipe's, then those of what was measured before.
+
+    Args:
+        measured: of the statistics that are used, where that is known; else the defaults hold.
+        saved: the recipe's group `calibration`.
+    """
+    fields = dataclasses.asdict(measured or Calibration())
+    fields |= {name: value for name, value in (saved or {}).items() if value is not None}
+    given = (n for n in fields if ctx.get_parameter_source(n) is ParameterSource.COMMANDLINE)
+    fields |= {name: ctx.params[name] for name in given}
+    return Calibration(**fields | {"data": tuple(fields["data"])})
 
 
 def plan_options(command: Command) -> Command:

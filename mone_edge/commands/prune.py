@@ -109,7 +109,7 @@ def _prune_gguf(
     from mone_edge import convert, pipeline, skipping
     from mone_edge.paths import require_writable
     from mone_edge.quantize import KEEP
-    from mone_edge.recipe import Recipe
+    from mone_edge.recipe import Calibration, Recipe
 
     require_writable(outfile, force=force)
     recipe = Recipe(
@@ -117,6 +117,7 @@ def _prune_gguf(
         outtype=(KEEP,),
         skip_threshold=skipping.threshold_of(source.path),
         imatrix="none",
+        calibration=plan.calibration or Calibration(),
         **plan_fields(plan),
     )
     measured = pipeline.stats_of_plan(plan, stats)
