@@ -149,6 +149,8 @@ class PrunePlan:
                 fields["calibration"] = read_calibration(where, fields["calibration"])
             plan = cls(**fields)
             plan._check(where)
+        except UsageError as error:  # nobody typed it
+            raise MoneEdgeError(str(error)) from error
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise MoneEdgeError(f"{where} is not a readable plan: {reason(error)}") from error
         return plan
