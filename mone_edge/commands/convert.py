@@ -112,12 +112,13 @@ def command(
     judgement = Judgement(text, chunks, max_kld)
     inputs = [path for path in (stats, plan_file, novices, text) if path]
     plan = PrunePlan.load(plan_file) if plan_file else None
-    read = ExpertStats.load(stats).provenance.calibration if stats else None
+    measured_on = ExpertStats.load(stats).provenance.calibration if stats else None
     source = resolve(model, offline=offline)
     inside = None
     if isinstance(source, Checkpoint) and source.is_pruned:
         plan = inside = _plan_inside(ctx, source, plan_file)
-    chosen = _recipe(ctx, source, options, recipe, (plan and plan.calibration) or read)
+    measured_on = (plan and plan.calibration) or measured_on
+    chosen = _recipe(ctx, source, options, recipe, measured_on)
     chosen = dataclasses.replace(chosen, outtype=_file_types(source, chosen.outtype))
     for warning in (_quantised_twice(source, chosen.outtype), _skipping_lost(source, chosen)):
         if warning:

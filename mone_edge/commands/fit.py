@@ -38,7 +38,7 @@ def command(
     threads: int | None,
     force: bool,
     offline: bool,
-    **_calibration: Any,
+    **_calibration: Any,  # chosen_calibration reads it
 ) -> None:
     """Fit a small linear map in place of each expert that a plan removes from MODEL.
 
