@@ -271,8 +271,11 @@ class TorchModel:
         Not with recurrent layers, nor where a model gives no cache: Jamba's, for one, forget the
         prefix when more than one token follows.
         """
-        start, cache = self._read([prefix], 1, use_cache=True)
-        if getattr(self._model, "_is_stateful", False) or not _repeats(cache):
+        separately = getattr(self._model, "_is_stateful", False)
+        if not separately:
+            start, cache = self._read([prefix], 1, use_cache=True)
+            separately = not _repeats(cache)
+        if separately:
             return [self.logits([*prefix, *branch[:-1]], len(prefix) - 1) for branch in branches]
         longest = max(map(len, branches)) - 1
         rows = np.empty((len(branches), 0, self.vocab_size), np.float32)

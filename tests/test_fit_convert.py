@@ -166,7 +166,7 @@ def test_all_roads_lead_to_one_file(
     assert "novices from" in capsys.readouterr().err
     assert tensors(Path("a.gguf")) == tensors(Path("b.gguf"))
     assert tensors(Path("a.gguf")) == tensors(Path("c.gguf")) == tensors(Path("d.gguf"))
-    recipes = [Path(f"{name}.recipe.yaml").read_text() for name in "abd"]
+    recipes = [Path(f"{road}.recipe.yaml").read_text() for road in "abd"]
     assert recipes[0] == recipes[1] == recipes[2]
     assert estimate["bytes"] >= sum(len(t[2]) for t in tensors(Path("a.gguf")).values())
     assert run(["convert", name, *how[:2], *common, "--stats", stats, "-o", "e.gguf",

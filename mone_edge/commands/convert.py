@@ -184,7 +184,7 @@ def _recipe(
     """Options given on the command line, then those of the recipe file, then the defaults.
 
     Args:
-        measured: what the statistics read that are used.
+        measured: what the statistics that are used read; goes before the calibration's defaults.
     """
     from mone_edge import recipe as recipes
     from mone_edge.plan import parse_layers
