@@ -123,6 +123,11 @@ def fit(
             f"not of {source.name} ({source.fingerprint[:12]})"
         )
     source.require_device(device)
+    if plan.calibration is None and not calibration.data:
+        warn(
+            "the plan does not tell which text its statistics read (merged, or of an older "
+            "version): fitting to the text that comes with the package; name other text with --data"
+        )
     batches = _read(source, calibration, offline, warn)
     fitted = source.fit(plan, batches, work, device=device, threads=threads, progress=progress)
     if said := fitted.shortfall():

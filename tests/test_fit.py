@@ -348,8 +348,17 @@ def test_the_command(
     read = pruned_checkpoint.read_fitted(source, pruned_checkpoint.read_plan(source))
     assert read is not None and np.array_equal(read.layers[0].up, kept.layers[0].up)
     assert run(["plan", str(model.stats_file), "-o", "means.json", "-q"]) == 0
+    stats, again = str(model.stats_file), ["fit", str(model.source.path), "--samples", "8"]
+    assert run(["merge-stats", stats, stats, "-o", "twice", "-q"]) == 0
+    assert run(["plan", "twice", "--replacement", "rank-4", "-o", "twice.json", "-q"]) == 0
+    again += ["--seq-len", "64", "--plan", "twice.json", "-o"]
+    capsys.readouterr()
+    assert run([*again, "x"]) == 0
+    assert "does not tell which text" in capsys.readouterr().err
+    assert run([*again, "y", "--data", "text.txt"]) == 0
+    assert "does not tell" not in capsys.readouterr().err
     for command, told in (
-        (["fit", str(model.source.path), "--plan", "means.json", "-o", "x"], "needs no fit"),
+        (["fit", str(model.source.path), "--plan", "means.json", "-o", "z"], "needs no fit"),
         ([*prune_it[:2], "--plan", "means.json", "-o", "q", "--novices", "novices.safetensors"],
          "has no fitted novices"),
     ):  # fmt: skip
