@@ -295,13 +295,15 @@ class TorchModel:
         """Logits [sequences, last, vocabulary] of the last tokens; the cache, where one is used."""
         import torch
 
-        with torch.inference_mode(), warnings.catch_warnings():
-            # some models call `past_key_values` `cache` by now, and warn
+        from mone_edge.transformers_quiet import quiet
+
+        with torch.inference_mode(), quiet(), warnings.catch_warnings():
+            # `past_key_values` is `cache` since transformers 5.24, which warns in two ways
             warnings.simplefilter("ignore", FutureWarning)
             ids = torch.tensor([list(tokens) for tokens in sequences], device=self._model.device)
             output = self._model(ids, logits_to_keep=last, **options)
-        result: Logits = output.logits.float().cpu().numpy()
-        return result, output.get("past_key_values")
+            result: Logits = output.logits.float().cpu().numpy()
+            return result, output.get("past_key_values")
 
     def close(self) -> None:
         self._model = None

@@ -1,6 +1,8 @@
 """Scores against llama-perplexity, plain torch and plain NumPy."""
 
 import json
+import logging
+import logging.handlers
 import re
 import shutil
 import subprocess
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers.utils import logging as transformers_logging
 
 from mone_edge import runtime
 from mone_edge.collect.loading import load_model
@@ -230,6 +233,17 @@ def test_choices_go_on_from_a_context_that_is_read_once(name: str, tmp_path: Pat
         assert np.abs(logits - whole).max() < 1e-5 * np.ptp(whole)
     (only,) = model.branch_logits(prefix[:1], [ids[:1]])
     assert np.array_equal(only, model.logits(prefix[:1]))
+
+
+def test_transformers_says_nothing_in_between(files: Files) -> None:
+    told = logging.handlers.BufferingHandler(100)
+    logging.Logger.warning_once.cache_clear()  # type: ignore[attr-defined]
+    transformers_logging.add_handler(told)
+    try:
+        TorchModel.open(files.folder).branch_logits([1, 2, 3], [[4, 5], [6, 7]])
+    finally:
+        transformers_logging.remove_handler(told)
+    assert not told.buffer
 
 
 def test_accuracy_follows_the_likelihoods(files: Files, tmp_path: Path) -> None:
