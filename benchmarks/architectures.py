@@ -364,7 +364,7 @@ def table(results: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
 INTRODUCTION = """\
 # Architectures
 
-Every MoE architecture that transformers 5.23 and the pinned llama.cpp share, each as a tiny random
+Every MoE architecture that transformers 5.24 and the pinned llama.cpp share, each as a tiny random
 model that goes through all stages. Remade by
 
     python -m benchmarks.architectures

@@ -456,6 +456,14 @@ ARCHITECTURES: dict[str, Tiny] = {
         | {"rope_parameters": ROPE | {"partial_rotary_factor": 0.25}},
         model_type="qwen4_exp_text",
     ),
+    "sarvam_moe": Tiny(
+        ROUTED
+        | HEAD
+        | DENSE_FIRST
+        | {"n_shared_experts": 1, "routed_scaling_factor": 1.5, "use_qk_norm": True},
+        hub={"architectures": ["SarvamMoEForCausalLM"], "score_function": "sigmoid"}
+        | {"num_experts": EXPERTS, "num_shared_experts": 1},
+    ),
     "solar_open": Tiny(
         ROUTED | HEAD | {"rope_parameters": ROPE | {"partial_rotary_factor": 1.0}},
         tokens=("<|endoftext|>", "<|startoftext|>", "<unk>"),
@@ -512,6 +520,7 @@ NOTES: dict[str, str] = {  # for the table; causes are tested in test_architectu
     "qwen4_exp": "beyond `indexer_budget` keys, which are more than here, llama.cpp "
     "(`build_qsa_top_k`) always selects `indexer_compress_ratio` - 1 more, transformers as many as "
     "the last, incomplete block has",
+    "sarvam_moe": "since transformers 5.24",
 }
 
 
