@@ -108,6 +108,13 @@ def _temporary(target: Path) -> Path:
     return target.with_name(f".{target.name}.{os.getpid()}.tmp")
 
 
+def _umask() -> int:
+    """Which rights new files do not have; the system tells it only to who sets it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
 @contextmanager
 def atomic_write(target: Path) -> Iterator[Path]:
     """Yield a temporary path beside `target`; it becomes `target` only if the block succeeds.
@@ -120,6 +127,8 @@ def atomic_write(target: Path) -> Iterator[Path]:
         with parent_folder(target):
             try:
                 yield temporary
+                with suppress(OSError):  # a file system without rights
+                    temporary.chmod(0o666 & ~_umask())  # safetensors 0.8: for the owner alone
                 temporary.replace(target)
             finally:
                 with suppress(OSError):

@@ -216,6 +216,12 @@ def test_equal_statistics_give_equal_files(tmp_path: Path) -> None:
     assert file_sha256(tmp_path / "a") == file_sha256(tmp_path / "b")
 
 
+def test_others_may_read_what_the_umask_lets_them_read(tmp_path: Path) -> None:
+    (tmp_path / "ordinary").touch()
+    make_stats().save(tmp_path / "s")
+    assert (tmp_path / "s").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+
+
 def test_merge_all_adds_everything() -> None:
     merged = merge_all(make_stats(seed=s) for s in range(3))
     assert merged.tokens == 3 * 64
