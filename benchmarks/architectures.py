@@ -35,7 +35,7 @@ from mone_edge.llama import GgufModel
 from mone_edge.low_rank import LowRankNovices
 from mone_edge.plan import PrunePlan, make_plan
 from mone_edge.recipe import Recipe
-from mone_edge.source import Source, resolve
+from mone_edge.source import Checkpoint, Source, resolve
 from mone_edge.stats import ExpertStats
 from tests import architectures, tiny
 
@@ -54,8 +54,10 @@ class Trial:
         self.name, self.folder = name, folder
 
     @cached_property
-    def source(self) -> Source:
-        return resolve(str(architectures.make(self.name, self.folder / "model")))
+    def source(self) -> Checkpoint:
+        found = resolve(str(architectures.make(self.name, self.folder / "model")))
+        assert isinstance(found, Checkpoint)
+        return found
 
     @cached_property
     def batches(self) -> calibration.Batches:
@@ -137,7 +139,8 @@ def _any_tokenizer(replaced: bool) -> Iterator[None]:
         read = {"model_arch": found.model_arch, "set_vocab": lambda self: self._set_vocab_gpt2()}
         return type(found.__name__, (found,), read)
 
-    conversion._model_class = gpt2 if replaced else find
+    replace: Any = gpt2 if replaced else find
+    conversion._model_class = replace
     try:
         yield
     finally:

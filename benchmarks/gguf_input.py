@@ -9,7 +9,7 @@ numbers are the machine's.
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +41,7 @@ def drift(folder: Path, samples: int = 8, length: int = 512) -> None:
     source = resolve("demo")
     batches = calibration.load([], source.tokenizer(), samples=samples, seq_len=length)
     oracle = source.collect(batches)
+    assert oracle
     print(f"{'':8} {'counts':>9} {'means':>9} {'m2':>9} {'inputs':>9} same experts pruned")
     for name, path in convert_to(source, folder, ["F32", "Q8_0", "Q4_K_M"]).items():
         gguf = resolve(str(path))
@@ -96,7 +97,8 @@ def _reading(path: Path) -> float:
 
 def _measuring(path: Path) -> float:
     tokens, times = _tokens(), []
-    batches = Batches(tokens, ("random",), "", 0, *tokens.shape, tokens.size)
+    samples, seq_len = tokens.shape
+    batches = Batches(tokens, ("random",), "", 0, samples, seq_len, tokens.size)
     collect(path, batches, threads=1, on_progress=lambda *_: times.append(time.process_time()))
     return times[-1] - times[0]
 
@@ -115,4 +117,5 @@ def _slice(path: Path, folder: Path) -> None:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as scratch:
-        {"drift": drift, "speed": speed}[sys.argv[1]](Path(scratch))
+        commands: dict[str, Callable[[Path], None]] = {"drift": drift, "speed": speed}
+        commands[sys.argv[1]](Path(scratch))

@@ -104,7 +104,9 @@ def _ends() -> dict[str, tuple[int, ...]]:
 
 def _layer(layer: int) -> dict[str, tuple[int, ...]]:
     block = f"model.layers.{layer}"
-    attention = {f"{block}.self_attn.{n}_proj.weight": (WIDTH, WIDTH) for n in "qkvo"}
+    attention: dict[str, tuple[int, ...]] = {
+        f"{block}.self_attn.{n}_proj.weight": (WIDTH, WIDTH) for n in "qkvo"
+    }
     norms = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
     experts = {
         f"{block}.mlp.experts.{e}.{part}_proj.weight": shape
@@ -209,7 +211,9 @@ def _measured(name: str, command: list[str], outfile: Path | None = None) -> Run
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     seen = {"anonymous": 0, "read_bytes": 0, "wchar": 0}
     errors: list[bytes] = []
-    reader = threading.Thread(target=lambda: errors.append(process.stderr.read()))
+    told = process.stderr
+    assert told
+    reader = threading.Thread(target=lambda: errors.append(told.read()))
     reader.start()
     while True:
         _look(process.pid, seen)

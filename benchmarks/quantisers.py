@@ -7,6 +7,7 @@ One thread, random weights; both in turn, the least of some runs; Markdown. Byte
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,8 +43,8 @@ def main() -> None:
             cells = [kind]
             for row in (None, importance):
                 theirs, ours = least(
-                    lambda kind=kind, row=row: quantise(unpatched, x, kind, row),
-                    lambda kind=kind, row=row: quantize_rows(x, kind, row, 1),
+                    partial(quantise, unpatched, x, kind, row),
+                    partial(quantize_rows, x, kind, row, 1),
                 )
                 cells += [f"{t / x.size * 1e9:.0f} ns" for t in (theirs, ours)]
                 cells.append(f"{theirs / ours:.1f} x")

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.quality import EXPERT_BITS, novice_bits
 from mone_edge import calibration
 from mone_edge.collect.experts import (
     experts_implementation,
@@ -35,6 +34,7 @@ from mone_edge.collect.experts import (
     run_expert,
 )
 from mone_edge.collect.loading import load_model
+from mone_edge.low_rank import EXPERT_BITS, stored_bits
 from mone_edge.source import Checkpoint, resolve
 
 IMPLEMENTATION = "mone-edge-output-moments"
@@ -121,7 +121,7 @@ def main() -> None:
     )
     print("|--:|--:|--:|--:|")
     for rank in RANKS:
-        taken = novice_bits(rank, input_width(module), output_width(module)) / EXPERT_BITS / size
+        taken = stored_bits(rank, input_width(module), output_width(module)) / EXPERT_BITS / size
         if taken >= 1:
             break
         left = sum(outside(layer, rank) for layer in spectra) / len(spectra)

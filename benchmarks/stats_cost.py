@@ -54,7 +54,7 @@ def measure(model: Any, tokens: torch.Tensor) -> None:
     """The collection of every statistic."""
     model.set_experts_implementation("eager")
     rows = tokens.numpy()
-    collect_loaded(model, Batches(rows, ("random",), "", 0, *rows.shape, rows.size))
+    collect_loaded(model, Batches(rows, ("random",), "", 0, SAMPLES, SEQ_LEN, rows.size))
 
 
 def sample(model: Any) -> None:
@@ -83,7 +83,7 @@ def main(rounds: int) -> None:
     }
     for work in works.values():
         work()  # warm
-    times = {name: [] for name in works}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in works}
     for _ in range(rounds):
         for name, work in works.items():
             times[name].append(timed(work))
