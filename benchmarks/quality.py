@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mone_edge import calibration, demo, novices, pipeline, regression, selection
+from mone_edge import calibration, demo, novices, regression, selection
 from mone_edge.collect.experts import experts_modules
 from mone_edge.collect.fitting import fit_checkpoint
 from mone_edge.collect.loading import load_model
@@ -43,10 +43,11 @@ from mone_edge.paths import atomic_write
 from mone_edge.plan import PrunePlan, make_plan
 from mone_edge.recipe import MERGING, NOVICE_ERROR, low_rank
 from mone_edge.regression import Moments
+from mone_edge.routers import norm_changes
 from mone_edge.scoring import chunk_ids
 from mone_edge.selection import ROUTER_NORM
 from mone_edge.source import Checkpoint, resolve
-from mone_edge.stats import ExpertStats
+from mone_edge.stats import ExpertStats, Float
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -146,7 +147,9 @@ class Run:
         self.network = load_model(source.path, device="cpu", dtype="float32")
         self.tokenizer = calibration.transformers_tokenizer(source.path)
         self.scorer = self._scorer(arguments.text or demo.evaluation_text(), arguments.chunks)
-        self.change = pipeline.router_change(source, arguments.pretrained, offline=True)
+        self.change: dict[int, Float] | None = None
+        if arguments.pretrained:
+            self.change = norm_changes(source, resolve(arguments.pretrained, offline=True))
         self.measured: dict[int, ExpertStats] = {}
         self.document: dict[str, Any] = {"rows": {}}
         if arguments.results.is_file():
@@ -319,8 +322,8 @@ def _grid(rows: list[dict[str, Any]], measure: str) -> None:
         cells = []
         for replacement in replacements:
             chosen = (method, replacement)
-            found = [r[measure] for r in rows if (r["method"], r["replacement"]) == chosen]
-            cells.append(_with_spread(found))
+            values = [r[measure] for r in rows if (r["method"], r["replacement"]) == chosen]
+            cells.append(_with_spread(values))
         print(f"| `{method}` | {' | '.join(cells)} |")
 
 

@@ -47,11 +47,19 @@ another runs all that the router selects."""
 
 
 def write(
-    outfile: Path, plan: PrunePlan | None, recipe: Recipe, size: int, given: Sequence[str] = ()
+    card: Path,
+    outfile: Path,
+    first: Path,
+    plan: PrunePlan | None,
+    recipe: Recipe,
+    size: int,
+    given: Sequence[str] = (),
 ) -> None:
-    """Write `<outfile stem>.md`.
+    """Write the card of a GGUF.
 
     Args:
+        outfile: as the command named it.
+        first: the file to run: `outfile`, or the first of its parts.
         given: arguments that name what was made before (`--stats FILE`), to make the same again.
     """
     patched = plan is not None and not plan.cuts and plan.removed_fraction > 0
@@ -69,7 +77,7 @@ def write(
             )
         kept = " ".join(str(len(ids)) for ids in plan.kept.values())
         stats = f"sha256 {plan.stats_sha256[:16]}" if plan.stats_sha256 else "in memory"
-    runs = PATCHED.format(name=outfile.name) if patched else STOCK
+    runs = PATCHED.format(name=first.name) if patched else STOCK
     if recipe.skip_threshold:
         runs += SKIPS.format(share=recipe.skip_threshold)
     own_recipe = outfile.with_suffix(".recipe.yaml").name
@@ -86,7 +94,7 @@ def write(
         stats=stats,
         kept=kept,
     )
-    with atomic_write(outfile.with_suffix(".md")) as temporary:
+    with atomic_write(card) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 

@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,10 @@ from mone_edge.config import EXPERT_COUNT_KEYS, NESTED_KEY
 from mone_edge.errors import MoneEdgeError
 from mone_edge.low_rank import LowRankNovices
 from mone_edge.merged_checkpoint import MergedLayer
+from mone_edge.paths import exists, real
 from mone_edge.plan import PrunePlan
 from mone_edge.recipe import MEASURED, low_rank
-from mone_edge.safetensors_file import SHARD_BYTES, Entry, write_shards
+from mone_edge.safetensors_file import SHARD_BYTES, Entry, is_written, write_shards
 from mone_edge.safetensors_header import TensorRef, item_bytes
 from mone_edge.source import (
     EXPERT_KEY,
@@ -138,24 +139,50 @@ def prune_checkpoint(
     )
 
 
-def require_target(source: Checkpoint, folder: Path, *, force: bool) -> None:
+def require_target(
+    source: Checkpoint, folder: Path, *, force: bool, inputs: Iterable[Path] = ()
+) -> None:
     """Refuse a folder that must not be written.
 
+    Args:
+        inputs: other files that the command reads; a folder that holds one stays, whatever `force`.
+
     Raises:
-        MoneEdgeError: it is the model itself, a file, there already, or no checkpoint.
+        MoneEdgeError: it is the model itself, a file, there already, holds an input, or holds
+            anything else than a checkpoint of this model would.
     """
-    if folder.exists() and folder.resolve() == source.path.resolve():
-        raise MoneEdgeError(f"{folder} is the model itself; name another --outfile")
-    if folder.exists() and not force:
-        raise MoneEdgeError(
-            f"{folder} exists; add --force to replace it, or name another --outfile"
-        )
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise MoneEdgeError(f"{folder} is not a checkpoint folder and is left alone")
+    if there := exists(real(folder)):
+        _require_replaceable(source, folder, force, inputs)
     try:
+        if not there:
+            folder.parent.mkdir(parents=True, exist_ok=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise MoneEdgeError(f"cannot write in {folder.parent}: {error.strerror}") from error
+
+
+def _require_replaceable(
+    source: Checkpoint, folder: Path, force: bool, inputs: Iterable[Path]
+) -> None:
+    there = real(folder)
+    if there == real(source.path):
+        raise MoneEdgeError(f"{folder} is the model itself; name another --outfile")
+    held = next((p for p in (source.path, *inputs) if real(p).is_relative_to(there)), None)
+    if held is not None:
+        raise MoneEdgeError(f"{folder} holds {held}, an input; name another --outfile")
+    if not force:
+        raise MoneEdgeError(
+            f"{folder} exists; add --force to replace it, or name another --outfile"
+        )
+    if not (there / "config.json").is_file():
+        raise MoneEdgeError(f"{folder} is not a checkpoint folder and is left alone")
+    known = {"config.json", *(file.name for file in _kept_files(source.path))}
+    for path in sorted(there.iterdir()):
+        if path.is_dir() or not (path.name in known or is_written(path.name)):
+            raise MoneEdgeError(
+                f"{folder} holds {path.name}, which no checkpoint made of {source.name} does, and "
+                "is left alone; name another --outfile"
+            )
 
 
 def _entries(
@@ -356,11 +383,16 @@ def _require_space(folder: Path, needed: int) -> None:
 
 
 def _copy_files(source: Path, target: Path) -> None:
+    for file in _kept_files(source):
+        shutil.copyfile(file, target / file.name)
+
+
+def _kept_files(source: Path) -> Iterator[Path]:
     """Tokenizer, generation config, licence: all files that hold no weights."""
     for file in sorted(source.iterdir()):
         weights = file.name.endswith((*WEIGHT_FILES, ".index.json"))
         if file.is_file() and not weights and file.name != "config.json" and file.name[0] != ".":
-            shutil.copyfile(file, target / file.name)
+            yield file
 
 
 def _publish(scratch: Path, folder: Path) -> None:

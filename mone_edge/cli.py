@@ -3,6 +3,7 @@
 Nothing heavy is imported here, so that `--help` is immediate.
 """
 
+import errno
 import importlib
 import os
 import shlex
@@ -14,9 +15,10 @@ import click
 
 from mone_edge import __version__
 from mone_edge.console import is_follower
-from mone_edge.errors import MoneEdgeError, Resumable
+from mone_edge.errors import MoneEdgeError, Resumable, Stopped
 
 INTERRUPTED = 130
+EVERYWHERE = ("force", "offline")
 
 COMMANDS = {
     "convert": "Make a smaller, quantised GGUF: calibrate, plan, prune, quantise, write.",
@@ -47,11 +49,27 @@ class LazyGroup(click.Group):
             return None
         module = importlib.import_module(f"mone_edge.commands.{cmd_name.replace('-', '_')}")
         command: click.Command = module.command
+        _accept_everywhere(command)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
+
+
+def _accept_everywhere(command: click.Command) -> None:
+    """--force and --offline are options of every command: also of those that replace no file or
+    never use the network, where they change nothing and `--help` leaves them out."""
+    if isinstance(command, click.Group):
+        for name in command.commands:
+            _accept_everywhere(command.commands[name])
+        return
+    known = {parameter.name for parameter in command.params}
+    command.params += [
+        click.Option([f"--{name}"], is_flag=True, hidden=True, expose_value=False)
+        for name in EVERYWHERE
+        if name not in known
+    ]
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -94,6 +112,9 @@ def run(arguments: list[str]) -> int:
         _complain(error.format_message())
         return 1
     except (KeyboardInterrupt, click.Abort) as error:
+        if isinstance(error, Stopped):
+            _complain(f"interrupted; {error}")
+            return INTERRUPTED
         goes_on = isinstance(error, Resumable)
         again = [*arguments, "--resume"] if goes_on and "--resume" not in arguments else arguments
         verb = "go on" if goes_on else "again"
@@ -103,16 +124,30 @@ def run(arguments: list[str]) -> int:
         _complain(str(error))
         return error.exit_code
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _stop_writing()
+        return 1
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            return _unexpected(error)
+        _stop_writing()
+        _complain(f"no space left on the device that {error.filename or 'the output'} goes to")
         return 1
     except Exception as error:
-        if os.environ.get("MONE_EDGE_DEBUG"):
-            raise
-        _complain(
-            f"unexpected {type(error).__name__}: {_first_line(error)} "
-            "(MONE_EDGE_DEBUG=1 shows where)"
-        )
-        return 1
+        return _unexpected(error)
+
+
+def _unexpected(error: Exception) -> int:
+    if os.environ.get("MONE_EDGE_DEBUG"):
+        raise error
+    _complain(
+        f"unexpected {type(error).__name__}: {_first_line(error)} (MONE_EDGE_DEBUG=1 shows where)"
+    )
+    return 1
+
+
+def _stop_writing() -> None:
+    """Nobody takes the output; Python, which flushes it at the end, is not to fail once more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _first_line(error: Exception) -> str:

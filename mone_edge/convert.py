@@ -48,6 +48,7 @@ class Converted:
     files: tuple[Path, ...]  # more than one where it was split
     outtype: str
     bytes: int
+    card: Path
     prune_ratio: float  # of experts, as removed
     experts_kept: tuple[int, ...]  # of each MoE layer
     seconds: float
@@ -221,14 +222,18 @@ def require_space(jobs: Sequence[Job]) -> None:
     Raises:
         MoneEdgeError: with what is needed and what is free.
     """
-    folder = existing_folder(jobs[0].outfile)
-    needed = sum(job.data_bytes for job in jobs) + SPARE_BYTES
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise MoneEdgeError(
-            f"{folder} has {free / 1e9:.2f} GB free, the result needs {needed / 1e9:.2f} GB; "
-            "name another place with --outfile, or a smaller --outtype"
-        )
+    disks: dict[int, list[Job]] = {}
+    for job in jobs:
+        disks.setdefault(existing_folder(job.outfile).stat().st_dev, []).append(job)
+    for there in disks.values():
+        folder = existing_folder(there[0].outfile)
+        needed = sum(job.data_bytes for job in there) + SPARE_BYTES
+        free = shutil.disk_usage(folder).free
+        if needed > free:
+            raise MoneEdgeError(
+                f"{folder} has {free / 1e9:.2f} GB free, the result needs {needed / 1e9:.2f} GB; "
+                "name another place with --outfile, or a smaller --outtype"
+            )
 
 
 def working_bytes(jobs: Sequence[Job]) -> int:
@@ -266,32 +271,39 @@ def write(
     started, count = time.monotonic(), threads or os.cpu_count() or 1
     report = progress or (lambda done, total: None)
     require_space(jobs)
-    folder = jobs[0].outfile.parent
+    if split_max_bytes:
+        given = [*given, "--split-max-size", str(split_max_bytes)]
+    folders = " and ".join(sorted({str(job.outfile.parent) for job in jobs}))
     try:
-        with (
-            parent_folder(jobs[0].outfile),
-            tempfile.TemporaryDirectory(dir=folder, prefix=".mone-edge-") as scratch,
-        ):
-            places = [Path(scratch) / str(i) for i in range(len(jobs))]
+        with ExitStack() as stack:
+            places = [_scratch(job, stack) for job in jobs]
             _write_together(jobs, places, split_max_bytes, count, report)
             for job, place in zip(jobs, places, strict=True):
                 _write_beside(job, place, recipe.of_type(job.outtype), given)
             made = [_publish(job, place) for job, place in zip(jobs, places, strict=True)]
     except OSError as error:
-        raise MoneEdgeError(f"cannot write in {folder}: {error.strerror or error}") from error
+        raise MoneEdgeError(f"cannot write in {folders}: {error.strerror or error}") from error
     seconds = time.monotonic() - started
     return [_result(job, files, seconds) for job, files in zip(jobs, made, strict=True)]
 
 
+def _scratch(job: Job, stack: ExitStack) -> Path:
+    """An empty folder beside a result, which goes with `stack`."""
+    folder = stack.enter_context(parent_folder(job.outfile))
+    scratch = tempfile.TemporaryDirectory(dir=folder, prefix=".mone-edge-")
+    return Path(stack.enter_context(scratch))
+
+
 def _write_beside(job: Job, place: Path, recipe: Recipe, given: Sequence[str]) -> None:
     parts = sorted(place.iterdir())
-    recipe.save(beside(parts[0])[0])
+    recipe_file, card_file = beside(place / job.outfile.name)
     size = sum(part.stat().st_size for part in parts)
-    card.write(parts[0], job.plan, recipe, size, given)
+    recipe.save(recipe_file)
+    card.write(card_file, job.outfile, parts[0], job.plan, recipe, size, given)
 
 
 def beside(outfile: Path) -> tuple[Path, Path]:
-    """The recipe and the model card that are written with a file."""
+    """The recipe and the model card that are written with a file, split or not."""
     return outfile.with_suffix(".recipe.yaml"), outfile.with_suffix(".md")
 
 
@@ -306,7 +318,6 @@ def _write_together(
     with ExitStack() as stack:
         writers = []
         for job, place in zip(jobs, places, strict=True):
-            place.mkdir()
             writer = _open_writer(job, place / job.outfile.name, split_max_bytes)
             stack.callback(writer.close)
             writers.append(writer)
@@ -382,6 +393,7 @@ def _result(job: Job, files: tuple[Path, ...], seconds: float) -> Converted:
     return Converted(
         outfile=files[0],
         files=files,
+        card=beside(job.outfile)[1],
         outtype=job.outtype,
         bytes=sum(file.stat().st_size for file in files),
         prune_ratio=round(job.plan.removed_fraction, 6) if job.plan else 0.0,

@@ -23,5 +23,9 @@ class CheckFailed(MoneEdgeError):
     exit_code = 3
 
 
+class Stopped(KeyboardInterrupt):
+    """Interrupted after the result was made; the message says what is there, and what is not."""
+
+
 class Resumable(KeyboardInterrupt):
     """Interrupted, and what was finished is kept: the same command with --resume goes on."""

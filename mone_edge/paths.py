@@ -39,6 +39,30 @@ def is_file(path: Path) -> bool:
     return exists(path) and path.is_file()
 
 
+def require_file(path: Path, kind: str, command: str) -> None:
+    """Refuse what is no file.
+
+    Args:
+        kind: what it should be, as "plan file".
+        command: that makes one, without its `-o`.
+
+    Raises:
+        MoneEdgeError: it is a folder, or nothing.
+    """
+    if exists(path) and path.is_dir():
+        raise MoneEdgeError(f"{path} is a folder, not a {kind}; name the file")
+    if not is_file(path):
+        raise MoneEdgeError(f"no {kind} {path}; make it with: mone-edge {command} -o {path}")
+
+
+def real(path: Path) -> Path:
+    """Where a path leads once its folders are made: `new/../file` is `file`, `new` or not."""
+    try:
+        return Path(os.path.realpath(path))
+    except (OSError, ValueError):
+        return path
+
+
 def existing_folder(target: Path) -> Path:
     """The folder that a file will be in, or the nearest one above that exists."""
     folder = target.parent
@@ -57,7 +81,7 @@ def require_writable(target: Path, *, force: bool, inputs: Iterable[Path] = ()) 
         MoneEdgeError: `target` exists and `force` is not given, is an input, or its folder cannot
             be written.
     """
-    if exists(target):
+    if exists(real(target)):
         _require_replaceable(target, force, inputs)
     folder = existing_folder(target)
     try:
@@ -75,11 +99,12 @@ def require_writable(target: Path, *, force: bool, inputs: Iterable[Path] = ()) 
 
 
 def _require_replaceable(target: Path, force: bool, inputs: Iterable[Path]) -> None:
-    if target.is_dir():
+    there = real(target)
+    if there.is_dir():
         raise MoneEdgeError(f"{target} is a folder; name a file")
-    if not target.is_file():
+    if not there.is_file():
         raise MoneEdgeError(f"{target} is not an ordinary file; name another file")
-    if any(is_file(path) and path.samefile(target) for path in inputs):
+    if any(is_file(path) and path.samefile(there) for path in inputs):
         raise MoneEdgeError(f"{target} is an input of this command; name another file")
     if not force:
         raise MoneEdgeError(f"{target} exists; add --force to replace it, or name another file")

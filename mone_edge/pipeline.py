@@ -19,7 +19,6 @@ from mone_edge.model_file import ModelFile
 from mone_edge.paths import cache_dir, expand, is_file
 from mone_edge.plan import PrunePlan, make_plan
 from mone_edge.recipe import MEASURED, Calibration, Recipe, low_rank
-from mone_edge.routers import norm_changes
 from mone_edge.source import Source, resolve
 from mone_edge.stats import VERSION as STATS_VERSION
 from mone_edge.stats import ExpertStats, Float, LayerStats, Provenance, empty_layer, file_sha256
@@ -155,17 +154,6 @@ def _cached(kind: str, source: Source, calibration: Calibration, more: str = "")
         if is_file(place):
             digest.update(file_sha256(place).encode())
     return cache_dir() / kind / f"{source.label}-{digest.hexdigest()[:16]}.safetensors"
-
-
-def router_change(source: Source, pretrained: str, *, offline: bool) -> dict[int, Float] | None:
-    """What `--pretrained` tells of the routers of a model; None where it is not given.
-
-    Raises:
-        MoneEdgeError: the two models cannot be compared.
-    """
-    if not pretrained:
-        return None
-    return norm_changes(source, resolve(pretrained, offline=offline))
 
 
 def measured_model(stats: ExpertStats, *, offline: bool) -> Source:

@@ -5,6 +5,7 @@ shards and their index. Knows nothing about models.
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from mone_edge.errors import MoneEdgeError
 
 SHARD_BYTES = 5_000_000_000
 INDEX = "model.safetensors.index.json"
+SHARD = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,11 @@ def write_shards(
         weight_map = {e.name: n for n, shard in zip(names, shards, strict=True) for e in shard}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def is_written(name: str) -> bool:
+    """Whether `write_shards` gives files such names."""
+    return name == INDEX or SHARD.fullmatch(name) is not None
 
 
 def _shards(entries: Iterable[Entry], limit: int) -> Iterator[list[Entry]]:

@@ -213,6 +213,20 @@ def test_the_recipe_names_the_text_that_the_statistics_read(
     }  # fmt: skip
 
 
+def test_a_recipe_may_say_one_value_where_a_list_is_meant(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(
+        "prune_ratio: 1e-1\nouttype: Q8_0\ntensor_type: attn=Q8_0\nprotect: 0\n"
+        "calibration: {data: a.txt}\n"
+    )
+    assert load_recipe(file) == {
+        "prune_ratio": 0.1, "outtype": ["Q8_0"], "tensor_type": ["attn=Q8_0"], "protect": [0],
+        "calibration": {"data": ["a.txt"]},
+    }  # fmt: skip
+    file.write_text("protect: 0,2-4")
+    assert load_recipe(file) == {"protect": "0,2-4"}
+
+
 def test_a_pruned_expert_is_never_read(calibrated: Calibrate, tmp_path: Path) -> None:
     model = calibrated("olmoe")
     plan = make_plan(model.stats, prune_ratio=0.5)
@@ -239,7 +253,7 @@ def test_several_types_from_one_read_equal_separate_runs(
 ) -> None:
     source = calibrated("mixtral").source
     recipe = Recipe(model=source.name, tokenizer_pre="gpt-2", outtype=("Q8_0", "F16"))
-    outfiles = {"Q8_0": tmp_path / "q8.gguf", "F16": tmp_path / "f16.gguf"}
+    outfiles = {"Q8_0": tmp_path / "q8" / "m.gguf", "F16": tmp_path / "f16" / "m.gguf"}
     both = convert.write(convert.prepare(source, recipe, outfiles), recipe)
     for made in both:
         alone = run(source, tmp_path / "alone.gguf", made.outtype)
@@ -256,6 +270,10 @@ def test_split_files_hold_the_same_tensors(calibrated: Calibrate, tmp_path: Path
         f"m-{i:05}-of-{len(made.files):05}.gguf" for i in range(1, len(made.files) + 1)
     ]
     assert len(made.files) > 1
+    beside = {path.name for path in tmp_path.iterdir()} - {f.name for f in made.files}
+    assert beside == {"m.md", "m.recipe.yaml"}
+    card = made.card.read_text(encoding="utf-8")
+    assert "--recipe m.recipe.yaml --split-max-size 150000 -o m.gguf" in card
     parts = {k: v for file in made.files for k, v in tensors(file).items()}
     assert parts == tensors(run(source, tmp_path / "one.gguf", "F16"))
 

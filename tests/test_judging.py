@@ -1,6 +1,7 @@
 """`convert --ppl` and `--max-kld`: the cost that is told is the one that `eval` measures."""
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,27 @@ def test_a_file_that_cannot_be_measured_is_told_of_and_exits_with_3(
     assert "made, but not measured: the machine is on fire" in err
 
 
+def test_a_file_that_an_interrupt_keeps_from_being_measured_is_told_of(
+    command: list[str],
+    calibrated: Callable[[str], Calibrated],
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    options = ["--prune-ratio", "0", "--outtype", "F32", "-o", "my x.gguf", "--ppl", "text.txt"]
+    with monkeypatch.context() as patch:
+        patch.setattr("mone_edge.evaluate.evaluate", interrupted)
+        code, document, err = result(capfd, [*command, *options, "--chunks", "1"])
+    assert (code, document["outfile"]) == (130, "my x.gguf")
+    (line,) = err.splitlines()
+    told, _, again = line.partition("measure with: mone-edge ")
+    assert told == "mone-edge: interrupted; made, but not measured; "
+    assert str(calibrated("olmoe").source.path) in again
+    assert run(shlex.split(again)) == 0
+
+
 def test_what_cannot_be_measured_is_refused_before_the_work(
     command: list[str],
     tmp_path: Path,
@@ -114,7 +136,7 @@ def test_what_cannot_be_measured_is_refused_before_the_work(
     refused(capfd, tmp_path, [*whole, "--ppl", "short.txt", "--dry-run"], 1, "at least 1024 with")
     refused(capfd, tmp_path, [*whole, "--chunks", "2"], 2, "--chunks limits the text of --ppl")
     refused(capfd, tmp_path, [*whole, "--max-kld", "-1"], 2, "-1.0 is not in the range")
-    refused(capfd, tmp_path, [*whole, "--max-kld", "nan"], 2, "--max-kld nan")
+    refused(capfd, tmp_path, [*whole, "--max-kld", "nan"], 2, "nan is not a finite number")
     onto = [*command, "-o", "text.txt", "--ppl", "text.txt", "--force"]
     refused(capfd, tmp_path, onto, 1, "an input of this command")
     monkeypatch.setattr(judging, "memory_bytes", lambda: 1 << 20)

@@ -1,9 +1,8 @@
 """`mone-edge convert`: the whole job, from a checkpoint or GGUF to a smaller GGUF."""
 
 import dataclasses
-import glob
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +11,16 @@ from click.core import ParameterSource
 
 from mone_edge.commands.deciding import Means, decide, fitted_novices, require_inputs
 from mone_edge.commands.judging import Judgement, measured_keys, measured_text
-from mone_edge.commands.options import calibration_options, chosen_calibration, plan_options
+from mone_edge.commands.options import (
+    FiniteRange,
+    calibration_options,
+    chosen_calibration,
+    plan_options,
+    threads_option,
+)
+from mone_edge.commands.places import input_files, require_places
 from mone_edge.console import Console, common_options, force_option, human_bytes, offline_option
-from mone_edge.errors import CheckFailed, MoneEdgeError, UsageError
+from mone_edge.errors import CheckFailed, MoneEdgeError, Stopped, UsageError
 
 if TYPE_CHECKING:
     from mone_edge.convert import Converted, Job
@@ -48,7 +54,7 @@ SIZE = re.compile(r"(\d+)([KMG]?)", re.I)
 @calibration_options
 @click.option("--recipe", type=click.Path(path_type=Path), help="Options from a YAML file.")
 @click.option(
-    "--skip-threshold", type=click.FloatRange(0, 1, max_open=True), default=0.0, metavar="BETA",
+    "--skip-threshold", type=FiniteRange(0, 1, max_open=True), default=0.0, metavar="BETA",
     help="Run no expert whose gate weight is below this share of the token's largest; 0: all run.",
 )  # fmt: skip
 @click.option("--imatrix", default="auto", show_default=True, metavar="auto|none|FILE")
@@ -61,10 +67,10 @@ SIZE = re.compile(r"(\d+)([KMG]?)", re.I)
 )  # fmt: skip
 @click.option("--chunks", type=click.IntRange(1), help="First N chunks of 512 tokens of it only.")
 @click.option(
-    "--max-kld", type=click.FloatRange(0), metavar="NATS",
+    "--max-kld", type=FiniteRange(0), metavar="NATS",
     help="Exit with 3 if the KL divergence is above. [text: --ppl, else the package's]",
 )  # fmt: skip
-@click.option("--threads", "-t", type=click.IntRange(1), help="[default: all cores]")
+@threads_option()
 @click.option("--dry-run", is_flag=True, help="Check all, say sizes, write nothing.")
 @force_option
 @offline_option
@@ -105,6 +111,7 @@ def command(
     from mone_edge import convert, pipeline
     from mone_edge.paths import expand
     from mone_edge.plan import PrunePlan
+    from mone_edge.routers import norm_changes
     from mone_edge.source import Checkpoint, resolve
     from mone_edge.stats import ExpertStats
 
@@ -129,18 +136,19 @@ def command(
     if plan:
         chosen = dataclasses.replace(chosen, **plan_fields(plan))
     outfiles = _outfiles(source, chosen, outfile)
-    inputs += [
-        *source.files,
-        *(expand(name) for name in (chosen.imatrix, *chosen.calibration.data)),
-    ]
-    inputs += _recipe_to_keep(recipe, chosen)
-    _require_places(outfiles.values(), inputs, recipe, force=force, split=split_max_bytes > 0)
+    pretrained = None
+    if chosen.pretrained and not plan:
+        pretrained = resolve(chosen.pretrained, offline=offline)
+    read = (source, pretrained) if pretrained else (source,)
+    inputs += input_files(*read, plan=plan, data=chosen.calibration.data)
+    inputs += [expand(chosen.imatrix), *_recipe_to_keep(recipe, chosen)]
+    split = split_max_bytes > 0
+    require_places(outfiles.values(), inputs, force=force, split=split, recipe=recipe)
     how = Means(device, threads, offline)
     measured_before = not chosen.prune_ratio or bool(plan or stats)
     require_inputs(source, chosen, novices, how, measured=measured_before)
     whole = source.open(tokenizer_pre=chosen.tokenizer_pre)
-    pretrained = "" if plan else chosen.pretrained
-    change = pipeline.router_change(source, pretrained, offline=offline)
+    change = norm_changes(source, pretrained) if pretrained else None
     rehearsal = pipeline.rehearse(source, whole, chosen, outfiles, plan, change)
     convert.require_space(rehearsal)
     if judgement.wanted:
@@ -170,6 +178,9 @@ def command(
     except MoneEdgeError as error:
         tell(console, made)
         raise CheckFailed(f"made, but not measured: {error}") from error
+    except KeyboardInterrupt as error:
+        tell(console, made)
+        raise Stopped(f"made, but not measured; {judgement.later(source, made)}") from error
     tell(console, made, costs)
     judgement.require_good(costs)
 
@@ -285,29 +296,13 @@ def _outfiles(source: "Source", recipe: "Recipe", template: str | None) -> dict[
     template = template or f"{source.label}-MoNE{recipe.prune_ratio:g}-{{ftype}}.gguf"
     if len(recipe.outtype) > 1 and "{ftype}" not in template:
         raise UsageError(f"{len(recipe.outtype)} types need {{ftype}} in --outfile {template}")
-    if template.endswith((".md", ".yaml")):
-        raise UsageError(f"--outfile {template}: a GGUF is meant; name a file that ends in .gguf")
     names = {t: source.file_type if t == KEEP else t for t in recipe.outtype}
-    return {t: expand(template.replace("{ftype}", name)) for t, name in names.items()}
-
-
-def _require_places(
-    outfiles: Iterable[Path], inputs: list[Path], recipe: Path | None, *, force: bool, split: bool
-) -> None:
-    """Refuse outputs that would replace something: an input always, another file without --force.
-
-    The recipe beside an output may be the one that was given: it comes out the same.
-    """
-    from mone_edge.convert import beside
-    from mone_edge.paths import require_writable
-
-    for outfile in outfiles:
-        parts = sorted(outfile.parent.glob(f"{glob.escape(outfile.stem)}-*-of-*.gguf"))
-        for path in (outfile, *(parts if split else ())):
-            require_writable(path, force=force, inputs=inputs)
-        for path in beside(outfile):
-            again = recipe is not None and path.resolve() == recipe.resolve()
-            require_writable(path, force=force or again, inputs=inputs)
+    outfiles = {t: expand(template.replace("{ftype}", name)) for t, name in names.items()}
+    for outtype, path in outfiles.items():
+        same = [other for other in outfiles if outfiles[other] == path]
+        if len(same) > 1:
+            raise UsageError(f"--outtype {same[0]} and --outtype {outtype} both make {path}")
+    return outfiles
 
 
 def _recipe_to_keep(file: Path | None, recipe: "Recipe") -> list[Path]:

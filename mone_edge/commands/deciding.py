@@ -69,7 +69,7 @@ def decide(
 ) -> "tuple[ExpertStats | None, PrunePlan | None]":
     """Statistics and plan: the user's where given, else from the cache or measured now.
 
-    `change` is what the method router-norm ranks by (`pipeline.router_change`).
+    `change` is what the method router-norm ranks by (`routers.norm_changes`).
     """
     from mone_edge import pipeline, pruned_checkpoint
     from mone_edge.source import Checkpoint

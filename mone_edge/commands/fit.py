@@ -5,7 +5,8 @@ from typing import Any
 
 import click
 
-from mone_edge.commands.options import calibration_options, chosen_calibration
+from mone_edge.commands.options import calibration_options, chosen_calibration, threads_option
+from mone_edge.commands.places import input_files
 from mone_edge.console import Console, common_options, force_option, offline_option
 
 
@@ -21,7 +22,7 @@ from mone_edge.console import Console, common_options, force_option, offline_opt
 )  # fmt: skip
 @calibration_options
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
-@click.option("--threads", "-t", type=click.IntRange(1), help="[default: all cores]")
+@threads_option()
 @force_option
 @offline_option
 @common_options
@@ -52,14 +53,14 @@ def command(
     """
     from mone_edge import pipeline
     from mone_edge.collect.work import Work, discard, unfinished, work_path
-    from mone_edge.paths import expand, require_writable
+    from mone_edge.paths import require_writable
     from mone_edge.plan import PrunePlan
     from mone_edge.source import resolve
 
     plan = PrunePlan.load(plan_file)
     source = resolve(model, offline=offline)
     calibration = chosen_calibration(ctx, plan.calibration)
-    inputs = [*source.files, plan_file, *map(expand, calibration.data)]
+    inputs = [plan_file, *input_files(source, plan=plan, data=calibration.data)]
     require_writable(outfile, force=force, inputs=inputs)
     work = Work(work_path(outfile), resume=resume, restart=force)
     if resume and not work.started:

@@ -1,6 +1,7 @@
 """`convert --ppl` and `--max-kld`: what a conversion cost, measured as `eval` does."""
 
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +35,6 @@ class Judgement:
     max_kld: float | None
 
     def __post_init__(self) -> None:
-        if self.max_kld is not None and math.isnan(self.max_kld):
-            raise UsageError("--max-kld nan is not a number of nats")
         if self.chunks and not self.wanted:
             raise UsageError("--chunks limits the text of --ppl, which is not given")
 
@@ -78,7 +77,6 @@ class Judgement:
     ) -> "list[EvalResult]":
         """Measure every file, and say on its model card what was found."""
         from mone_edge import card
-        from mone_edge.convert import beside
         from mone_edge.evaluate import evaluate
 
         with console.progress("eval") as update:
@@ -91,8 +89,15 @@ class Judgement:
                 progress=lambda _what, done, total: update(done, total),
             )
         for file, result in zip(made, results, strict=True):
-            card.add_cost(beside(file.outfile)[1], source.name, self.file.name, result)
+            card.add_cost(file.card, source.name, self.file.name, result)
         return results
+
+    def later(self, source: "Source", made: "Sequence[Converted]") -> str:
+        """What to type to measure the files when they are there."""
+        command = ["mone-edge", "eval", *(str(file.outfile) for file in made)]
+        command += ["--ppl", str(self.file), "--kld-base", str(source.path)]
+        command += ["--chunks", str(self.chunks)] if self.chunks else []
+        return f"measure with: {shlex.join(command)}"
 
     def require_good(self, results: "Sequence[EvalResult]") -> None:
         """Raises:

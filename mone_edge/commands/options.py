@@ -1,6 +1,7 @@
 """Options that more than one command has, and the lists of names they take."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +17,29 @@ from mone_edge.recipe import (
 )
 
 Command = Callable[..., Any]
+MAX_THREADS = 512  # ggml's GGML_MAX_N_THREADS
+MAX_CONTEXT = 1 << 20  # tokens
+
+
+class FiniteRange(click.FloatRange):
+    """A number of a range; "nan", which compares with none, and "inf" are in no range."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{number} is not a finite number", param, ctx)
+        return number
+
+
+def threads_option(default: str = "[default: all cores]") -> Callable[[Command], Command]:
+    """--threads, -t.
+
+    Args:
+        default: what its help says of leaving it out.
+    """
+    return click.option("-t", "--threads", type=click.IntRange(1, MAX_THREADS), help=default)
 
 
 def calibration_options(command: Command) -> Command:
@@ -60,7 +84,7 @@ def plan_options(command: Command) -> Command:
     options = [
         click.option(
             "--prune-ratio",
-            type=click.FloatRange(0, 1, max_open=True),
+            type=FiniteRange(0, 1, max_open=True),
             default=0.25,
             show_default=True,
             help="Fraction of the experts to remove.",

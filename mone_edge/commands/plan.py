@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from mone_edge.commands.options import plan_options
+from mone_edge.commands.places import input_files
 from mone_edge.console import Console, common_options, force_option, offline_option, table
 
 
@@ -45,14 +46,16 @@ def command(
     from mone_edge.paths import require_writable
     from mone_edge.plan import make_plan, parse_layers
     from mone_edge.recipe import NOVICE_ERROR
+    from mone_edge.routers import norm_changes
+    from mone_edge.source import resolve
     from mone_edge.stats import ExpertStats, file_sha256
 
-    require_writable(outfile, force=force, inputs=[stats])
     measured = ExpertStats.load(stats)
-    change = None
-    if pretrained:
-        tuned = pipeline.measured_model(measured, offline=offline)
-        change = pipeline.router_change(tuned, pretrained, offline=offline)
+    tuned = pipeline.measured_model(measured, offline=offline) if pretrained else None
+    before = resolve(pretrained, offline=offline) if pretrained else None
+    read = input_files(*filter(None, (tuned, before)))
+    require_writable(outfile, force=force, inputs=[stats, *read])
+    change = norm_changes(tuned, before) if tuned and before else None
     plan = make_plan(
         measured,
         prune_ratio=prune_ratio,

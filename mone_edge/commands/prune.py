@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mone_edge.commands.convert import arguments, plan_fields, tell
+from mone_edge.commands.places import input_files, require_places
 from mone_edge.console import Console, common_options, force_option, human_bytes, offline_option
 
 if TYPE_CHECKING:
@@ -59,11 +60,16 @@ def command(
     plan = PrunePlan.load(plan_file)
     plan, fitted = pipeline.novices_of_plan(plan, novices)
     source = resolve(model, offline=offline)
+    given = {"plan": plan_file, "stats": stats, "novices": novices}
+    inputs = [*filter(None, given.values()), *input_files(source, plan=plan)]
     if isinstance(source, Checkpoint):
+        from mone_edge import checkpoint
+
+        checkpoint.require_target(source, outfile, force=force, inputs=inputs)
         _prune_checkpoint(console, source, plan, stats, fitted, outfile, force)
     else:
-        given = arguments(plan=plan_file, stats=stats, novices=novices)
-        _prune_gguf(console, source, plan, stats, fitted, outfile, force, given)
+        require_places([outfile], inputs, force=force)
+        _prune_gguf(console, source, plan, stats, fitted, outfile, arguments(**given))
 
 
 def _prune_checkpoint(
@@ -77,7 +83,6 @@ def _prune_checkpoint(
 ) -> None:
     from mone_edge import checkpoint, pipeline
 
-    checkpoint.require_target(source, outfile, force=force)
     measured = None if plan.cuts else pipeline.stats_of_plan(plan, stats)
     with console.progress("writing", "B") as progress:
         made = checkpoint.prune_checkpoint(
@@ -103,15 +108,12 @@ def _prune_gguf(
     stats: Path | None,
     fitted: "LowRankNovices | None",
     outfile: Path,
-    force: bool,
     given: list[str],
 ) -> None:
     from mone_edge import convert, pipeline, skipping
-    from mone_edge.paths import require_writable
     from mone_edge.quantize import KEEP
     from mone_edge.recipe import Calibration, Recipe
 
-    require_writable(outfile, force=force)
     recipe = Recipe(
         model=source.name,
         outtype=(KEEP,),

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import click
 
-from mone_edge.commands.options import calibration_options
+from mone_edge.commands.options import calibration_options, threads_option
+from mone_edge.commands.places import input_files
 from mone_edge.console import Console, common_options, force_option, offline_option
 
 
@@ -19,7 +20,7 @@ from mone_edge.console import Console, common_options, force_option, offline_opt
     "--sequential", is_flag=True, help="One layer's weights in memory at a time: larger models."
 )
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run.")
-@click.option("--threads", "-t", type=click.IntRange(1), help="[default: all cores]")
+@threads_option()
 @force_option
 @offline_option
 @common_options
@@ -51,12 +52,12 @@ def command(
     """
     from mone_edge import pipeline
     from mone_edge.collect.work import Work, discard, unfinished, work_path
-    from mone_edge.paths import expand, require_writable
+    from mone_edge.paths import require_writable
     from mone_edge.recipe import Calibration
     from mone_edge.source import resolve
 
     source = resolve(model, offline=offline)
-    require_writable(outfile, force=force, inputs=[*source.files, *map(expand, data)])
+    require_writable(outfile, force=force, inputs=input_files(source, data=data))
     work = Work(work_path(outfile), resume=resume, restart=force)
     if resume and not work.started:
         console.info(f"{work.path} holds no unfinished work: starting at the beginning")
