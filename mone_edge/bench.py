@@ -90,6 +90,8 @@ def bench(
     """
     if prompt_tokens <= 0 and generated_tokens <= 0:
         raise UsageError("nothing to measure: -p and -n are both 0")
+    if text is not None and not text.strip():
+        raise MoneEdgeError("the text to count novice hits on is empty; give another with --text")
     for path in paths:
         check_gguf(path)
         require_loadable(path)
@@ -261,7 +263,7 @@ def count_slots(path: Path, text: str | None = None, *, threads: int | None = No
         pruned = any(0 < kept < experts for kept in counter.kept.values())
         if not pruned and not skipping.threshold_of(path):
             return counter
-        ids = model.token_ids(text or _default_text())[:HIT_RATIO_TOKENS]
+        ids = model.token_ids(_default_text() if text is None else text)[:HIT_RATIO_TOKENS]
         for start in range(0, len(ids), CHUNK_TOKENS):
             # All logits are asked for: a position without output does not reach the last layer.
             model.logits(ids[start : start + CHUNK_TOKENS])

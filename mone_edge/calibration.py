@@ -31,6 +31,7 @@ SAMPLES, SEQ_LEN, SEED = 128, 2048, 42
 HEADROOM = 4  # tokens read, as a multiple of the tokens wanted
 MAX_CHARACTERS_PER_TOKEN = 8
 MIN_SEQ_LEN = 16
+MOST = 1 << 20  # sequences, or tokens of one; so that no product of both overflows
 ROUNDING = 1e-9  # so that a whole number of sequences is not one less in floating point
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 TEXT_COLUMNS = ("text", "content")
@@ -128,9 +129,10 @@ def load(
         MoneEdgeError: a source cannot be read, or holds less than 16 tokens.
         UsageError: `samples` or `seq_len` make no sense.
     """
-    if samples < 1 or seq_len < MIN_SEQ_LEN:
+    if not (1 <= samples <= MOST and MIN_SEQ_LEN <= seq_len <= MOST):
         raise UsageError(
-            f"--samples {samples} --seq-len {seq_len}: at least 1 sequence of {MIN_SEQ_LEN} tokens"
+            f"--samples {samples} --seq-len {seq_len}: 1 to {MOST} sequences of {MIN_SEQ_LEN} to "
+            f"{MOST} tokens"
         )
     names = tuple(specs) or (_default_spec(),)
     places, weights = zip(*map(split_weight, names), strict=True)
@@ -340,7 +342,7 @@ def _hub_documents(
         ) from error
     hub.say_less()
     if offline:
-        datasets.config.HF_HUB_OFFLINE = True
+        hub.stay_offline()
     split = match["split"] or "train"
     try:
         rows = datasets.load_dataset(

@@ -5,19 +5,24 @@ In: text or bytes. Out: plain values, or ValueError. Knows nothing about what th
 
 import dataclasses
 import json
+import re
 from typing import Any
 
 MAX_REASON = 200  # characters; a decoder's error may quote the whole file
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def parse_json(text: str | bytes) -> Any:
     """What `json.loads` gives.
 
     Raises:
-        ValueError: not JSON, not UTF-8, or nested too deeply.
+        ValueError: not JSON, not UTF-8 (as half of a surrogate pair is not), or nested too deeply.
     """
     try:
-        return json.loads(text)
+        parsed = json.loads(text)
+        if SURROGATE.search(text if isinstance(text, bytes) else text.encode()):
+            json.dumps(parsed, ensure_ascii=False).encode()  # halves that found each other can
+        return parsed
     except RecursionError:
         raise ValueError("nested too deeply") from None
 

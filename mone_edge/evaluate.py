@@ -65,6 +65,7 @@ class Questions:
     harness: tuple[str, ...] = ()
     limit: int | None = None
     num_fewshot: int | None = None
+    offline: bool = False
 
 
 def evaluate(
@@ -113,6 +114,7 @@ def evaluate(
         tuple(harness),
         limit,
         num_fewshot,
+        offline,
     )
     paths = [locate(str(model), offline=offline) for model in models]
     base = locate(questions.kld_base, offline=offline) if questions.kld_base else None
@@ -151,6 +153,7 @@ def _evaluate_one(
                 questions.harness,
                 limit=questions.limit,
                 num_fewshot=questions.num_fewshot,
+                offline=questions.offline,
             )
     seconds = time.monotonic() - start
     return EvalResult(name, file_bytes(path), seconds, score, divergence, scores)

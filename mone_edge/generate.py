@@ -4,6 +4,7 @@ In: a GGUF, a prompt or a conversation. Out: pieces of text as they come, then a
 nothing about terminals; `commands/run.py` does.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from mone_edge.llama import LogTail, check_gguf, listen
 from mone_edge.machine import cores
 
 DEFAULT_CONTEXT = 4096
+
+TOO_LONG = re.compile(r"Requested tokens \((\d+)\) exceed")  # as llama-cpp-python says it
 
 Message = Mapping[str, str]  # {"role": "user", "content": ...}
 
@@ -36,8 +39,9 @@ class Speed:
 
 
 def _rate(tokens: int, seconds: float) -> str:
-    rate = tokens / seconds if seconds > 0 else 0.0
-    return f"{tokens} tokens in {seconds:.2f} s ({rate:.1f} tokens/s)"
+    if not tokens or seconds <= 0:  # of one token, llama.cpp counts a prompt as decoding
+        return f"{tokens} tokens"
+    return f"{tokens} tokens in {seconds:.2f} s ({tokens / seconds:.1f} tokens/s)"
 
 
 class Generator:
@@ -86,6 +90,7 @@ class Generator:
             )
         except ValueError as error:
             raise MoneEdgeError(f"llama.cpp cannot load {path}: {log.reason()}") from error
+        self._llama._n_ctx = n_ctx  # not what llama.cpp rounds it up to
 
     def __enter__(self) -> Self:
         return self
@@ -139,7 +144,9 @@ class Generator:
             for event in events:
                 yield str(event["choices"][0]["delta"].get("content") or "")
         except ValueError as error:
-            raise MoneEdgeError(f"the conversation does not fit: {error}") from error
+            if match := TOO_LONG.match(str(error)):
+                self._require_room(int(match[1]))
+            raise MoneEdgeError(f"no answer to this conversation: {error}") from error
 
     def require_chat_template(self) -> None:
         """Refuse to guess a layout for a model that was not taught one."""

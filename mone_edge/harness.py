@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mone_edge import hub
 from mone_edge.documents import reason
 from mone_edge.errors import MoneEdgeError, UsageError
 from mone_edge.scoring import LanguageModel, log_softmax, require_finite, share_stderr
@@ -27,6 +28,7 @@ def score_harness(
     limit: int | None = None,
     num_fewshot: int | None = None,
     task_folder: str | None = None,
+    offline: bool = False,
 ) -> dict[str, TaskScore]:
     """Accuracy of each task, as the harness counts it.
 
@@ -35,6 +37,7 @@ def score_harness(
         limit: first items of each task only.
         num_fewshot: examples before each question; None is the task's own number.
         task_folder: further task files (YAML).
+        offline: take their data from the local cache only.
 
     Raises:
         UsageError: there is no such task, or it has no accuracy.
@@ -45,6 +48,8 @@ def score_harness(
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise MoneEdgeError(f"lm-evaluation-harness is not installed: {INSTALL}") from error
+    if offline:
+        hub.stay_offline()
     manager = TaskManager(include_path=task_folder)
     unknown = [name for name in tasks if not manager.match_tasks([name])]
     if unknown:

@@ -19,6 +19,15 @@ def say_less() -> None:
     set_verbosity(logging.ERROR)
 
 
+def stay_offline() -> None:
+    """Let the hub's libraries read their caches only, from now on."""
+    import datasets
+    import huggingface_hub
+
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
+    datasets.config.HF_HUB_OFFLINE = True
+
+
 def download(model: str, *, offline: bool) -> Path:
     """The model's folder: config, tokenizer and safetensors only.
 

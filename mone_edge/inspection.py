@@ -15,6 +15,7 @@ from mone_edge.gguf_header import read_header
 from mone_edge.paths import expand, is_file
 from mone_edge.plan import FORMAT as PLAN_FORMAT
 from mone_edge.plan import PrunePlan
+from mone_edge.safetensors_header import is_safetensors
 
 QUIET_KEYS = (
     "tokenizer.",
@@ -36,7 +37,7 @@ def inspect(target: str, *, offline: bool = False) -> dict[str, Any]:
         return _checkpoint(source.resolve(target, offline=offline))
     if source.is_gguf(path):
         return _gguf(path)
-    if path.suffix == ".safetensors":
+    if is_safetensors(path):
         return _novices(path) if low_rank.is_novices(path) else _stats(path)
     with path.open("rb") as file:
         if PLAN_FORMAT.encode() in file.read(512):

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from mone_edge.documents import parse_json, reason, require_keys
 from mone_edge.errors import MoneEdgeError
-from mone_edge.paths import atomic_write, is_file
+from mone_edge.paths import atomic_write, require_file
 from mone_edge.plan import PrunePlan
 from mone_edge.recipe import NOVICE_ERROR
-from mone_edge.safetensors_header import TensorRef, read_header
+from mone_edge.safetensors_header import TensorRef, read_header, require_safetensors
 from mone_edge.stats import Provenance
 
 FORMAT = "mone-edge-novices"
@@ -190,10 +190,8 @@ class LowRankNovices:
         """
         from safetensors import SafetensorError, safe_open
 
-        if not is_file(path):
-            raise MoneEdgeError(
-                f"no novices {path}; fit them with: mone-edge fit MODEL --plan PLAN -o {path}"
-            )
+        require_file(path, "novices file", "fit MODEL --plan PLAN")
+        require_safetensors(path, "novices file")
         try:
             with safe_open(path, framework="numpy") as file:
                 metadata = file.metadata() or {}

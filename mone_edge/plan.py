@@ -20,7 +20,7 @@ from typing import Any
 from mone_edge.criteria import super_experts
 from mone_edge.documents import parse_json, reason, require_keys
 from mone_edge.errors import MoneEdgeError, UsageError
-from mone_edge.paths import atomic_write, is_file
+from mone_edge.paths import atomic_write, require_file
 from mone_edge.recipe import (
     CUTTING,
     DEFAULT_METHOD,
@@ -115,10 +115,7 @@ class PrunePlan:
         Raises:
             MoneEdgeError: the file is missing, damaged, or not a plan.
         """
-        if not is_file(path):
-            raise MoneEdgeError(
-                f"no plan file {path}; make it with: mone-edge plan STATS -o {path}"
-            )
+        require_file(path, "plan file", "plan STATS")
         try:
             document = parse_json(path.read_bytes())
             if document.pop("format") != FORMAT or document.pop("version") not in READABLE:

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import re
 import reprlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,10 +142,13 @@ def load(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} is not a recipe: nested too deeply") from error
     if not isinstance(document, dict):
         raise UsageError(f"{path} is not a recipe: it holds no options")
+    document = _as_meant(document, Recipe)
     _require_known(str(path), document, Recipe)
     _require_types(str(path), document, Recipe)
     _require_ranges(path, document)
     read_calibration(str(path), document.get("calibration") or {})
+    if document.get("calibration"):
+        document["calibration"] = _as_meant(document["calibration"], Calibration)
     return document
 
 
@@ -156,6 +160,7 @@ def read_calibration(where: str, document: Any) -> Calibration:
     """
     if not isinstance(document, dict):
         raise UsageError(f"{where}: calibration is not a group of options")
+    document = _as_meant(document, Calibration)
     _require_known(where, document, Calibration, "calibration.")
     _require_types(where, document, Calibration, "calibration.")
     given = {name: value for name, value in document.items() if value is not None}
@@ -165,6 +170,20 @@ def read_calibration(where: str, document: Any) -> Calibration:
                 f"{where}: calibration.{name} is {given[name]}, at least {least} is needed"
             )
     return Calibration(**given | {"data": tuple(given.get("data", ()))})
+
+
+def _as_meant(given: dict[str, Any], kind: Any) -> dict[str, Any]:
+    """`outtype: Q8_0` as `[Q8_0]`, and 1e-1 as a number, which YAML takes for text."""
+    meant = dict(given)
+    for field in dataclasses.fields(kind):
+        value = meant.get(field.name)
+        if isinstance(field.default, tuple) and isinstance(value, (str, int)):
+            is_text = field.name == "protect" and isinstance(value, str)  # layers, as 0,2-4
+            meant[field.name] = value if is_text else [value]
+        elif isinstance(field.default, float) and isinstance(value, str):
+            with suppress(ValueError):
+                meant[field.name] = float(value)
+    return meant
 
 
 @functools.cache
@@ -205,6 +224,8 @@ def _require_types(where: str, given: dict[str, Any], kind: Any, prefix: str = "
         wanted: Any = (int, float) if isinstance(default, float) else type(default)
         if wanted is tuple:
             wanted = (list, tuple)
+        if field.name == "protect" and isinstance(value, str):
+            continue
         if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
             raise UsageError(f"{where}: {prefix}{field.name} cannot be {reprlib.repr(value)}")
         if wanted == (list, tuple):

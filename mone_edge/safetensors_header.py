@@ -35,6 +35,34 @@ class TensorRef:
     size: int  # bytes
 
 
+def require_safetensors(file: Path, kind: str) -> None:
+    """Refuse what is a file of another kind, rather than call it damaged.
+
+    Args:
+        kind: what it should be, as "statistics file".
+
+    Raises:
+        MoneEdgeError: it does not begin as safetensors does, or cannot be read.
+    """
+    try:
+        if is_safetensors(file):
+            return
+    except OSError as error:
+        raise MoneEdgeError(f"cannot read {file}: {error.strerror}") from error
+    raise MoneEdgeError(f"{file} is not a {kind}: it does not begin as a safetensors file does")
+
+
+def is_safetensors(file: Path) -> bool:
+    """Whether a file begins as safetensors does: the header's length, then the header, JSON.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with file.open("rb") as opened:
+        start = opened.read(9)
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= MAX_HEADER_BYTES
+
+
 def item_bytes(dtype: str) -> int:
     """Bytes of one value, from safetensors' name of the type ("BF16", "F8_E4M3")."""
     digits = "".join(c for c in dtype.partition("_")[0] if c.isdigit())

@@ -34,7 +34,7 @@ def set_threshold(model: "ModelFile", threshold: float) -> "ModelFile":
     """
     from mone_edge.conversion import packages
 
-    if not 0 <= threshold < 1:
+    if not (threshold >= 0 and ctypes.c_float(threshold).value < 1):  # as the GGUF holds it
         raise UsageError(
             f"--skip-threshold {threshold}: a share of a token's largest gate weight, "
             "0 <= threshold < 1"

@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 
 from mone_edge.documents import parse_json, reason, require_keys
 from mone_edge.errors import MoneEdgeError
-from mone_edge.paths import atomic_write, is_file
+from mone_edge.paths import atomic_write, require_file
 from mone_edge.recipe import Calibration
+from mone_edge.safetensors_header import require_safetensors
 
 FORMAT = "mone-edge-stats"
 VERSION = 3
@@ -261,10 +262,8 @@ class ExpertStats:
         """
         from safetensors import SafetensorError, safe_open
 
-        if not is_file(path):
-            raise MoneEdgeError(
-                f"no statistics file {path}; make it with: mone-edge stats MODEL -o {path}"
-            )
+        require_file(path, "statistics file", "stats MODEL")
+        require_safetensors(path, "statistics file")
         try:
             with safe_open(path, framework="numpy") as file:
                 header = _header(path, file.metadata())

@@ -1,5 +1,6 @@
 """Bad options, places and texts: one clear line, the right code, nothing left, nothing touched."""
 
+import json
 import os
 import shutil
 import signal
@@ -12,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from mone_edge.cli import COMMANDS
+from mone_edge.cli import COMMANDS, run
+from mone_edge.source import resolve
 from tests import tiny
 from tests.bad_input import refused, tree
 from tests.conftest import Calibrated
@@ -20,6 +22,7 @@ from tests.conftest import Calibrated
 Refused = Callable[..., None]
 CONVERT = ("convert", "model", "--tokenizer-pre", "gpt-2", "--stats", "s.safetensors")
 OUT = ("--outtype", "Q8_0", "-o", "o.gguf")
+BOTH = ("--outtype", "F32", "--outtype", "keep", "-o", "o-{ftype}.gguf")
 
 
 @pytest.fixture(name="workspace")
@@ -50,13 +53,25 @@ def test_missing_argument_and_unknown_option(command: str, refuses: Refused) -> 
     refuses(command, "x", "--bogus", code=2, told="No such option '--bogus'")
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_takes_what_is_taken_everywhere(
+    command: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [command, "info"] if command == "runtime" else [command]
+    for _ in range(2):  # the options are added once
+        assert run([*arguments, "--force", "--offline", "--json", "-q", "-v", "--help"]) == 0
+        out, err = capfd.readouterr()
+        assert err == ""
+        assert out.count("--force") + out.count("--offline") <= 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
         (("bogus",), "No such command 'bogus'"),
         (("runtime", "build", "--backend", "bogus"), "bogus"),
         (("plan", "s.safetensors", "--prune-ratio", "-1"), "-1.0 is not in the range"),
-        (("plan", "s.safetensors", "--prune-ratio", "nan"), "--prune-ratio nan"),
+        (("plan", "s.safetensors", "--prune-ratio", "nan"), "nan is not a finite number"),
         (("plan", "s.safetensors", "--prune-ratio", "abc"), "'abc' is not a valid float"),
         (("plan", "s.safetensors", "--prune-ratio", "0.99"), "at most 0.875"),
         (
@@ -69,6 +84,7 @@ def test_missing_argument_and_unknown_option(command: str, refuses: Refused) -> 
         (("plan", "s.safetensors", "--protect", "0-99999999999999999999"), "layers of this model"),
         ((*CONVERT, *OUT, "--outtype", "Q99"), "no type Q99; there are"),
         ((*CONVERT, "-o", "o.gguf", "--outtype", "Q8_0", "--outtype", "F16"), "need {ftype}"),
+        (("convert", "whole.gguf", "--prune-ratio", "0", *BOTH), "both make o-F32.gguf"),
         ((*CONVERT, *OUT, "--split-max-size", "1.5G"), "--split-max-size 1.5G"),
         ((*CONVERT, *OUT, "--tensor-type", "abc"), "malformed tensor type 'abc'"),
         ((*CONVERT, *OUT, "--tensor-type", "attn=Q99"), "invalid quantization type"),
@@ -78,14 +94,30 @@ def test_missing_argument_and_unknown_option(command: str, refuses: Refused) -> 
         ((*CONVERT, "-o", "notes.md"), "ends in .gguf"),
         (("stats", "model", "--data", "text.txt", "--device", "cuda:9"), "--device cuda:9"),
         (("stats", "model", "--samples", "0"), "0 is not in the range"),
+        (("stats", "model", "--samples", "9" * 12), "--samples 999999999999"),
+        (("stats", "model", "--seq-len", "9" * 30), "--seq-len 999999"),
+        (("stats", "model", "-t", "5000"), "5000 is not in the range"),
+        (("run", "x.gguf", "-p", "x", "-t", "5000"), "5000 is not in the range"),
+        (("run", "x.gguf", "-p", "x", "-n", "0"), "0 is no number of tokens"),
+        (("run", "x.gguf", "-p", "x", "-n", "-2"), "-2 is no number of tokens"),
+        (("run", "x.gguf", "-p", "x", "--temp", "nan"), "nan is not a finite number"),
+        (("eval", "model", "--ppl", "text.txt", "-c", "0"), "0 is not in the range"),
+        ((*CONVERT, *OUT, "--skip-threshold", "0.9999999999"), "--skip-threshold 0.9999999999"),
         (("eval", "model"), "nothing to measure"),
         (("run", "x.gguf", "-p", "x", "-c", "99999999999"), "99999999999 is not in the range"),
         (("serve", "x.gguf", "--port", "70000"), "70000 is not in the range"),
     ],
 )
 def test_wrong_usage(
-    arguments: tuple[str, ...], told: str, refuses: Refused, built_runtime: object
+    arguments: tuple[str, ...],
+    told: str,
+    workspace: Path,
+    refuses: Refused,
+    built_runtime: object,
 ) -> None:
+    if "whole.gguf" in arguments:
+        assert run(["plan", "s.safetensors", "-o", "p.json"]) == 0
+        write_gguf_and_plan(workspace)
     refuses(*arguments, code=2, told=told)
 
 
@@ -97,6 +129,8 @@ def test_wrong_usage(
         ("calibration: 3", "calibration is not a group"),
         ("prune_ratio: high", "prune_ratio cannot be 'high'"),
         ("prune_ratio: .nan", "prune_ratio is nan"),
+        ("prune_ratio: 1e1", "prune_ratio is 10.0"),
+        ("protect: zzz", "write layers like"),
         ("outtype: [1]", "outtype cannot hold 1"),
         ("protect: [x]", "protect cannot hold 'x'"),
         ("scope: all", "no scope all"),
@@ -123,6 +157,7 @@ def test_recipe_files(recipe: str, told: str, workspace: Path, refuses: Refused)
         ("a.jsonl", b"{", "line 1: not JSON"),
         ("b.jsonl", b'{"text": "x"}\n[1]\n', 'line 2: no "text"'),
         ("c.jsonl", b"[" * 9999, "nested too deeply"),
+        ("half.jsonl", b'{"text": "\\ud800"}', "line 1: not JSON: 'utf-8' codec can't encode"),
         ("folder", None, "is a folder"),
     ],
 )
@@ -138,7 +173,7 @@ def test_calibration_texts(
     ("options", "code", "told"),
     [
         (["--stats", "no.safetensors"], 1, "no statistics file no.safetensors"),
-        (["--novices", "no.safetensors"], 1, "no novices no.safetensors"),
+        (["--novices", "no.safetensors"], 1, "no novices file no.safetensors"),
         (["--data", "no.txt"], 1, "--data no.txt: no such file"),
         (["--data", "folder"], 1, "--data folder is a folder"),
         (["--device", "cuda:9"], 2, "--device cuda:9 cannot be used"),
@@ -223,23 +258,67 @@ def test_output_places(
         ("merge-stats", "s.safetensors", "-o", "s.safetensors"),
         ("stats", "model", "--data", "text.txt", "-o", "text.txt"),
         ("stats", "model", "-o", "model/config.json"),
+        ("plan", "s.safetensors", "-o", "new/../s.safetensors"),
+        ("stats", "model", "--data", "text.txt@3", "-o", "text.txt"),
+        ("plan", "s.safetensors", "--pretrained", "other", "-o", "other/config.json"),
+        ("fit", "model", "--plan", "rank.json", "-o", "s.safetensors"),
+        ("prune", "whole.gguf", "--plan", "g.json", "-o", "g.json"),
+        ("prune", "whole.gguf", "--plan", "g.json", "-o", "s.safetensors"),
         (*CONVERT, "-o", "s.safetensors"),
         (*CONVERT, "-o", "model/model.safetensors"),
+        (*CONVERT, "--method", "router-norm", "--pretrained", "other", "-o", "other/config.json"),
+        (*CONVERT, "--data", "text.txt@3", "-o", "text.txt"),
+        ("convert", "model", "--tokenizer-pre", "gpt-2", "--plan", "p.json", "-o", "s.safetensors"),
     ],
 )
 def test_force_does_not_replace_an_input(
-    command: tuple[str, ...], refuses: Refused, built_runtime: object
+    command: tuple[str, ...], workspace: Path, refuses: Refused, built_runtime: object
 ) -> None:
+    for name, options in (("p", ()), ("rank", ("--replacement", "rank-2"))):
+        assert run(["plan", "s.safetensors", "-o", f"{name}.json", *options]) == 0
+    shutil.copytree("model", "other")
+    write_gguf_and_plan(workspace)
     refuses(*command, "--force", told="is an input of this command")
+
+
+def write_gguf_and_plan(workspace: Path) -> None:
+    """`whole.gguf`, the model without loss, and `g.json`, a plan that says it is of that file."""
+    whole = ["convert", "model", "--prune-ratio", "0", "--outtype", "F32", "-o", "whole.gguf"]
+    assert run([*whole, "--tokenizer-pre", "gpt-2", "--offline"]) == 0
+    plan = json.loads((workspace / "p.json").read_text())
+    plan["fingerprint"] = resolve("whole.gguf").fingerprint
+    (workspace / "g.json").write_text(json.dumps(plan))
+
+
+def test_a_folder_that_holds_anything_else_is_not_replaced(
+    workspace: Path, refuses: Refused
+) -> None:
+    assert run(["plan", "s.safetensors", "-o", "p.json"]) == 0
+    prune = ("prune", "model", "--plan", "p.json", "-o", "made")
+    assert run([*prune]) == 0
+    refuses(*prune, told="made exists; add --force")
+    assert run([*prune, "--force"]) == 0
+    (workspace / "made" / "notes.txt").write_text("mine")
+    refuses(*prune, "--force", told="made holds notes.txt, which no checkpoint made of model does")
+    (workspace / "made" / "notes.txt").replace(workspace / "notes.txt")
+    shutil.copy("p.json", "made/config.json.plan")
+    inside = ("prune", "model", "--plan", "made/config.json.plan", "-o", "new/../made")
+    refuses(*inside, "--force", told="new/../made holds made/config.json.plan, an input")
+    refuses(*prune[:-1], ".", "--force", told=". holds")
 
 
 def test_what_stands_beside_an_output_is_not_replaced(
     workspace: Path, refuses: Refused, built_runtime: object
 ) -> None:
+    assert run(["plan", "s.safetensors", "-o", "p.json"]) == 0
+    write_gguf_and_plan(workspace)
+    (workspace / "x.md").write_text("mine")
+    refuses("prune", "whole.gguf", "--plan", "g.json", "-o", "x.gguf", told="x.md exists; add")
     (workspace / "o.md").write_text("mine")
     refuses(*CONVERT, *OUT, told="o.md exists; add --force")
     (workspace / "o-00001-of-00002.gguf").write_text("mine")
     refuses(*CONVERT, *OUT, "--split-max-size", "90K", told="o-00001-of-00002.gguf exists")
+    refuses(*CONVERT, "-o", "new/../x.gguf", told="new/../x.md exists")
 
 
 def test_folders_made_for_nothing_go_again(refuses: Refused) -> None:

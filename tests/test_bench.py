@@ -168,6 +168,8 @@ def test_wrong_input_is_refused(
 ) -> None:
     with pytest.raises(UsageError, match="both 0"):
         bench.bench([pruned[0]], prompt_tokens=0, generated_tokens=0)
+    with pytest.raises(MoneEdgeError, match="text to count novice hits on is empty"):
+        bench.bench([pruned[0]], text="\n")
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(pruned[0].read_bytes()[:-5000])
     with pytest.raises(MoneEdgeError, match=r"cannot load .*cut.gguf: .* file bounds"):

@@ -90,6 +90,21 @@ def test_chat_uses_the_models_template(pruned: tuple[Path, PrunePlan]) -> None:
     assert chat == plain
 
 
+def test_the_context_is_as_long_as_was_asked_for(pruned: tuple[Path, PrunePlan]) -> None:
+    with Generator(pruned[0], n_ctx=40, threads=1) as generator:
+        prompt = len(generator._llama.tokenize(PROMPT.encode()))
+        for _ in generator.complete(PROMPT, -1, 0.0):
+            pass
+        assert prompt + generator.speed().generated_tokens + 1 == 40
+        chat = [{"role": "user", "content": PROMPT}]
+        for _ in generator.chat(chat, -1, 0.0):
+            pass
+        assert generator._llama.n_tokens + 1 == 40
+        for words in (30, 300):
+            with pytest.raises(MoneEdgeError, match=r"the prompt has \d+ tokens, the context 40"):
+                next(generator.chat([{"role": "user", "content": "x y " * words}], 4, 0.0))
+
+
 def test_run_streams_text_and_tells_speed(
     pruned: tuple[Path, PrunePlan], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -149,6 +164,10 @@ def test_serve_hands_over_to_llama_server(
         assert run_cli(["serve", path, "--port", port]) == 1
         err = capsys.readouterr().err
         assert (f"127.0.0.1:{port}" in err, err.count("\n"), started) == (True, 1, [])
+        assert "with --port" in err
+    for host in ("nowhere.invalid", "192.0.2.1"):
+        assert run_cli(["serve", path, "--host", host, "--port", port]) == 1
+        assert "choose another with --host" in capsys.readouterr().err
     assert run_cli(["serve", path, "--port", port]) == 0
     server, *arguments = started[0]
     assert server == str(runtime.tool("llama-server"))

@@ -206,7 +206,7 @@ def test_what_cannot_be_is_refused(
     for more, told in (
         (["--skip-threshold", "1"], "1.0 is not in the range"),
         (["--skip-threshold", "-0.1"], "-0.1 is not in the range"),
-        (["--skip-threshold", "nan"], "--skip-threshold nan"),
+        (["--skip-threshold", "nan"], "nan is not a finite number"),
         (["--recipe", "r.yaml"], "skip_threshold is 1.5, not 0 <= threshold < 1"),
     ):
         refused(capfd, tmp_path, [*command, *more], 2, told)

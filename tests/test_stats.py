@@ -274,7 +274,10 @@ def test_missing_and_foreign_files_get_one_line(tmp_path: Path) -> None:
     assert "mone-edge stats MODEL" in refused(tmp_path / "none.safetensors")
     text = tmp_path / "text.txt"
     text.write_text("hello")
-    assert "damaged" in refused(text)
+    assert "is not a statistics file" in refused(text)
+    (tmp_path / "plan.json").write_text('{"format": "mone-edge-plan", "version": 1}')
+    assert "is not a statistics file" in refused(tmp_path / "plan.json")
+    assert "is a folder" in refused(tmp_path)
     (tmp_path / "empty").touch()
     refused(tmp_path / "empty")
     foreign = tmp_path / "foreign.safetensors"

@@ -232,7 +232,7 @@ def checked(model: Any, index: int, sums: LayerAccumulator, tokens: int) -> Laye
     if len(bad):
         raise MoneEdgeError(
             f"block {index}: the outputs of {len(bad)} experts (first: {bad[0]}) are not finite; "
-            "the weights are damaged, or overflow in this precision (try --dtype float32)"
+            f"the weights are damaged, or overflow in {_dtype_name(model)}"
         )
     if sums.sample is None:
         return stats
@@ -251,6 +251,10 @@ def by_key(model: Any, sums: dict[str, LinearAccumulator]) -> dict[str, LinearSt
     return {key: stats for name, stats in measured.items() for key in names[name]}
 
 
+def _dtype_name(model: Any) -> str:
+    return str(model.dtype).removeprefix("torch.")
+
+
 def provenance(model: Any, calibration: Batches, name: str, fingerprint: str) -> Provenance:
     """Where statistics of this model on this text come from."""
     import transformers
@@ -265,5 +269,5 @@ def provenance(model: Any, calibration: Batches, name: str, fingerprint: str) ->
         samples=len(calibration.tokens),
         seq_len=calibration.tokens.shape[1],
         seed=calibration.seed,
-        tool=f"mone-edge {__version__}, {versions}, {str(model.dtype).removeprefix('torch.')}",
+        tool=f"mone-edge {__version__}, {versions}, {_dtype_name(model)}",
     )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mone_edge.commands.options import threads_option
 from mone_edge.console import Console, common_options, human_bytes, table
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ HEADERS = (
 @click.option("-p", "--n-prompt", default=512, show_default=True, type=click.IntRange(0))
 @click.option("-n", "--n-gen", default=128, show_default=True, type=click.IntRange(0))
 @click.option("-r", "--repetitions", default=5, show_default=True, type=click.IntRange(1))
-@click.option("-t", "--threads", type=click.IntRange(1), help="Default: llama-bench's choice.")
+@threads_option("Default: llama-bench's choice.")
 @click.option(
     "--text",
     "text_file",

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mone_edge.commands.options import MAX_CONTEXT, threads_option
 from mone_edge.console import Console, common_options, human_bytes, offline_option, table
 
 if TYPE_CHECKING:
@@ -32,9 +33,12 @@ if TYPE_CHECKING:
 )
 @click.option("--num-fewshot", type=click.IntRange(0), help="Examples before its questions.")
 @click.option("--limit", type=click.IntRange(1), help="First N items of each task only.")
-@click.option("-c", "--ctx-size", default=512, show_default=True, help="Tokens per chunk of text.")
+@click.option(
+    "-c", "--ctx-size", default=512, show_default=True, type=click.IntRange(4, MAX_CONTEXT),
+    help="Tokens per chunk of text.",
+)  # fmt: skip
 @click.option("--chunks", type=click.IntRange(1), help="First N chunks of the text only.")
-@click.option("-t", "--threads", type=click.IntRange(1), help="[default: all cores]")
+@threads_option()
 @click.option("-o", "--output", type=click.Choice(["md", "json"]), default="md", show_default=True)
 @offline_option
 @common_options

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from mone_edge.commands.options import MAX_CONTEXT, FiniteRange, threads_option
 from mone_edge.console import Console, common_options
 from mone_edge.errors import UsageError
 
@@ -14,13 +15,24 @@ if TYPE_CHECKING:
     from mone_edge.generate import Generator, Message
 
 
+def _count(_ctx: click.Context, _param: click.Parameter, value: int) -> int:
+    if value == 0 or value < -1:
+        raise click.BadParameter(f"{value} is no number of tokens; -1: to the end of the context")
+    return value
+
+
 @click.command("run")
 @click.argument("model", metavar="GGUF", type=click.Path(path_type=Path))
 @click.option("-p", "--prompt", help="What to continue, or with --chat to answer; - reads stdin.")
-@click.option("-n", "--n-predict", default=128, show_default=True, help="Tokens; -1: no limit.")
-@click.option("-c", "--ctx-size", default=4096, show_default=True, type=click.IntRange(8, 1 << 20))
-@click.option("-t", "--threads", type=click.IntRange(1), help="[default: all cores]")
-@click.option("--temp", default=0.8, show_default=True, type=click.FloatRange(0), help="0: greedy.")
+@click.option(
+    "-n", "--n-predict", default=128, show_default=True, callback=_count,
+    help="Tokens; -1: to the end of the context.",
+)  # fmt: skip
+@click.option(
+    "-c", "--ctx-size", default=4096, show_default=True, type=click.IntRange(8, MAX_CONTEXT)
+)
+@threads_option()
+@click.option("--temp", default=0.8, show_default=True, type=FiniteRange(0), help="0: greedy.")
 @click.option("--seed", default=42, show_default=True, type=click.IntRange(0))
 @click.option("--chat", is_flag=True, help="Use the model's chat template; without -p, talk.")
 @common_options

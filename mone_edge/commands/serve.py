@@ -1,5 +1,6 @@
 """`mone-edge serve`: the patched tree's llama-server on a GGUF."""
 
+import errno
 import os
 import socket
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from mone_edge.commands.options import threads_option
 from mone_edge.console import Console, common_options
 from mone_edge.errors import MoneEdgeError
 
@@ -16,7 +18,7 @@ from mone_edge.errors import MoneEdgeError
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", default=8080, show_default=True, type=click.IntRange(1, 65535))
 @click.option("-c", "--ctx-size", type=click.IntRange(1), help="Default: what the model has.")
-@click.option("-t", "--threads", type=click.IntRange(1), help="Default: llama-server's choice.")
+@threads_option("Default: llama-server's choice.")
 @common_options
 def command(
     console: Console,
@@ -64,6 +66,8 @@ def require_free(host: str, port: int) -> None:
             probe.bind(address)
     except OSError as error:
         reason = error.strerror or str(error)
+        foreign = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
+        option = "--host" if foreign else "--port"
         raise MoneEdgeError(
-            f"cannot listen on {host}:{port}: {reason}; choose another with --port"
+            f"cannot listen on {host}:{port}: {reason}; choose another with {option}"
         ) from error
