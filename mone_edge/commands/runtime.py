@@ -29,7 +29,7 @@ def command() -> None:
 
 
 @command.command("build")
-@click.option("--backend", default="cpu", show_default=True, help="cpu or vulkan.")
+@click.option("--backend", default="cpu", show_default=True, help="cpu, vulkan, cuda or metal.")
 @target_option
 @click.option(
     "--ndk", type=click.Path(path_type=Path), help="Android's NDK [default: $ANDROID_NDK]"
@@ -75,7 +75,7 @@ def build(
 
 
 @command.command("info")
-@click.option("--backend", help="cpu or vulkan [default: the one in use]")
+@click.option("--backend", help="cpu, vulkan, cuda or metal [default: the one in use]")
 @target_option
 @common_options
 def info(console: Console, backend: str | None, target: str) -> None:

@@ -23,7 +23,8 @@ from mone_edge.runtime.layout import Layout, library_name
 PATCH_SYMBOL = "llama_model_n_expert_kept"
 # what `import llama_cpp` loads, and what those load
 PACKAGE_LIBRARIES = (
-    "ggml", "ggml-base", "ggml-cpu", "ggml-vulkan", "llama", "llama-common", "mtmd",
+    "ggml", "ggml-base", "ggml-cpu", "ggml-vulkan", "ggml-cuda", "ggml-metal",
+    "llama", "llama-common", "mtmd",
 )  # fmt: skip
 DEPENDENCIES = ("typing-extensions", "numpy", "diskcache", "jinja2")
 TAG_NAME = "mone-edge.json"

@@ -57,6 +57,14 @@ CMAKE_OPTIONS = {
     "LLAMA_BUILD_NUMBER": "0",
 }
 
+# A Mac's loader has another word for the folder of a library, and there llama.cpp would compute on
+# the graphics processor and with Apple's BLAS unasked.
+MAC_OPTIONS = {
+    "CMAKE_INSTALL_RPATH": "@loader_path;@loader_path/../lib",
+    "GGML_METAL": "OFF",
+    "GGML_BLAS": "OFF",
+}
+
 # the instruction sets that a native build may use; other CPU flags change with the kernel
 ISA_PREFIXES = (
     "sse", "ssse", "avx", "amx", "fma", "f16c", "bmi",
@@ -141,7 +149,8 @@ def layout_of(variant: Variant) -> Layout:
 
 def cmake_options(variant: Variant) -> dict[str, str]:
     """The cmake options of `variant`, without those that name places on this machine."""
-    return {**CMAKE_OPTIONS, **variant.options()}
+    mac = MAC_OPTIONS if variant.is_native and platform.system() == "Darwin" else {}
+    return {**CMAKE_OPTIONS, **mac, **variant.options()}
 
 
 def machine_traits() -> list[str]:

@@ -4,6 +4,7 @@ Data only: cmake options and the Debian packages of programs and headers. Knows 
 and runs nothing. The options of the native CPU build are `layout.CMAKE_OPTIONS` alone.
 """
 
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -85,6 +86,8 @@ BACKENDS = {
         {"vulkan/vulkan.hpp": "libvulkan-dev", "spirv/unified1/spirv.hpp": "spirv-headers"},
         "ggml-vulkan",
     ),
+    "cuda": Part({"GGML_CUDA": "ON"}, {"nvcc": "nvidia-cuda-toolkit"}, {}, "ggml-cuda"),
+    "metal": Part({"GGML_METAL": "ON"}, library="ggml-metal"),
 }
 
 
@@ -134,4 +137,6 @@ def variant_of(target: str, backend: str) -> Variant:
         raise UsageError(f"no backend {backend!r}; there are: {', '.join(BACKENDS)}")
     if target != "native" and backend != "cpu":
         raise UsageError(f"backend {backend} is for the native target only, not {target}")
+    if backend == "metal" and platform.system() != "Darwin":
+        raise UsageError(f"backend metal is for Macs, and this is {platform.system()}")
     return Variant(target, backend)

@@ -73,11 +73,15 @@ def test_nothing_built(cache: Path) -> None:
         {"backend": "abacus"},
         {"target": "abacus"},
         {"target": "aarch64-linux", "backend": "vulkan"},
+        {"backend": "metal"},
         {"jobs": 0},
     ],
     ids=str,
 )
-def test_unsupported(cache: Path, wrong: dict[str, object]) -> None:
+def test_unsupported(
+    cache: Path, wrong: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(targets.platform, "system", lambda: "Linux")
     with pytest.raises(UsageError):
         runtime.build(**wrong)  # type: ignore[arg-type]
     assert not cache.exists()
@@ -220,6 +224,19 @@ def test_variants_have_builds_of_their_own() -> None:
     assert len({place.build_key for place in layouts.values()}) == len(layouts)
     cross = layouts[targets.Variant("aarch64-linux")]
     assert cross.library("llama").name == "libllama.so"
+
+
+def test_options_of_a_mac(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its loader's name for a library's folder; Metal only where it is asked for."""
+    linux = layout.cmake_options(targets.NATIVE)
+    monkeypatch.setattr(layout.platform, "system", lambda: "Darwin")
+    mac = layout.cmake_options(targets.NATIVE)
+    assert linux.items() - mac.items() == {("CMAKE_INSTALL_RPATH", "$ORIGIN;$ORIGIN/../lib")}
+    assert (mac["CMAKE_INSTALL_RPATH"].count("@loader_path"), mac["GGML_METAL"]) == (2, "OFF")
+    metal = targets.variant_of("native", "metal")
+    assert layout.cmake_options(metal)["GGML_METAL"] == "ON"
+    assert layout.layout_of(metal).library("ggml-metal").name == "libggml-metal.dylib"
+    assert layout.cmake_options(targets.Variant("aarch64-linux")).get("GGML_METAL") is None
 
 
 def test_the_installed_backend_is_the_one_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
