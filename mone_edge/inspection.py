@@ -11,7 +11,7 @@ from typing import Any
 
 from mone_edge import low_rank, skipping, source, stats
 from mone_edge.errors import MoneEdgeError
-from mone_edge.gguf_header import read_header
+from mone_edge.gguf_file import parts
 from mone_edge.paths import expand, is_file
 from mone_edge.plan import FORMAT as PLAN_FORMAT
 from mone_edge.plan import PrunePlan
@@ -63,7 +63,8 @@ def _checkpoint(found: source.Source) -> dict[str, Any]:
 
 
 def _gguf(path: Path) -> dict[str, Any]:
-    header = read_header(path)
+    header, *more = parts(path)
+    tensors = [ref for part in (header, *more) for ref in part.tensors.values()]
     return {
         "kind": "gguf",
         "path": str(path),
@@ -73,10 +74,10 @@ def _gguf(path: Path) -> dict[str, Any]:
         "top_k": header.value("{arch}.expert_used_count", 0),
         "experts_kept": header.value("{arch}.expert_kept_count"),
         "skip_threshold": _text(header.value(skipping.KEY)),
-        "parameters": sum(math.prod(ref.shape) for ref in header.tensors.values()),
-        "tensors": len(header.tensors),
-        "types": dict(Counter(ref.dtype for ref in header.tensors.values())),
-        "bytes": path.stat().st_size,
+        "parameters": sum(math.prod(ref.shape) for ref in tensors),
+        "tensors": len(tensors),
+        "types": dict(Counter(ref.dtype for ref in tensors)),
+        "bytes": sum(file.stat().st_size for file in {path, *(ref.file for ref in tensors)}),
         "metadata": {
             key: _text(entry.value)
             for key, entry in header.metadata.items()

@@ -15,6 +15,7 @@ from mone_edge import imatrix as imatrices
 from mone_edge.calibration import Batches
 from mone_edge.cli import run
 from mone_edge.errors import MoneEdgeError, UsageError
+from mone_edge.inspection import inspect
 from mone_edge.llama import GgufModel
 from mone_edge.plan import PrunePlan, make_plan
 from mone_edge.recipe import Recipe
@@ -191,6 +192,9 @@ def test_split_files_in_and_out(quantised: Callable[[str], Path], tmp_path: Path
     split = resolve(str(first))
     assert split.label == "m"
     assert (split.fingerprint, split.size) == (source.fingerprint, source.size)
+    whole, parted = (inspect(str(s.path)) for s in (source, split))
+    assert {parted[k] for k in ("parameters", "tensors")} == {whole["parameters"], whole["tensors"]}
+    assert parted["bytes"] > whole["bytes"] > first.stat().st_size
     plan, stats = random_plan(source)
     one, other = (write(s, tmp_path / f"{s.label}.out.gguf", "keep", plan, stats)
                   for s in (source, split))  # fmt: skip

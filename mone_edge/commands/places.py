@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mone_edge.errors import UsageError
-from mone_edge.paths import expand, real, require_writable
+from mone_edge.paths import exists, expand, real, require_writable
 
 if TYPE_CHECKING:
     from mone_edge.plan import PrunePlan
@@ -55,7 +55,8 @@ def require_places(
             raise UsageError(
                 f"--outfile {outfile}: a GGUF is meant; name a file that ends in .gguf"
             )
-        parts = sorted(real(outfile).parent.glob(f"{glob.escape(outfile.stem)}-*-of-*.gguf"))
+        folder = outfile.parent if exists(outfile.parent) else real(outfile).parent
+        parts = sorted(folder.glob(f"{glob.escape(outfile.stem)}-*-of-*.gguf"))
         for path in (outfile, *(parts if split else ())):
             require_writable(path, force=force, inputs=inputs)
         for path in beside(outfile):
