@@ -19,13 +19,14 @@ from mone_edge.collect.hidden import HiddenStates
 from mone_edge.collect.sequential import collect_sequential
 from mone_edge.collect.streaming import OUTSIDE, StreamedModel
 from mone_edge.collect.torch_model import collect
-from mone_edge.collect.work import Work, open_work, work_path
+from mone_edge.collect.work import Work, discard, open_work, unfinished, work_path
 from mone_edge.commands.deciding import Means, measure
 from mone_edge.console import Console
 from mone_edge.errors import MoneEdgeError
 from mone_edge.recipe import Calibration, Recipe
 from mone_edge.source import Checkpoint, Source, resolve
 from mone_edge.stats import ExpertStats
+from tests.bad_input import tree
 from tests.tiny import MODEL_TYPES, TEXT, VOCAB, make_checkpoint
 
 LAYERS, SAMPLES, SEQ_LEN = 3, 5, 32
@@ -142,6 +143,11 @@ def test_unfinished_work_is_not_thrown_away_silently(
     assert steps[0] == (2, LAYERS * SAMPLES)
 
 
+def start(work: Work) -> None:
+    with unfinished(work), open_work(work, {}):
+        pass
+
+
 def test_foreign_folders_and_second_processes_are_refused(tmp_path: Path) -> None:
     (tmp_path / "w").mkdir()
     (tmp_path / "w" / "letters.txt").write_text("mine")
@@ -157,6 +163,19 @@ def test_foreign_folders_and_second_processes_are_refused(tmp_path: Path) -> Non
             open_work(Work(tmp_path / "v", resume=True), {"a": 1}),
         ):
             pass
+    before = tree(tmp_path)
+    with pytest.raises(MoneEdgeError, match="is not a work folder"):
+        start(Work(tmp_path / "w"))
+    with open_work(Work(tmp_path / "u"), {}):  # before its first step is finished
+        with pytest.raises(MoneEdgeError, match="another process"):
+            start(Work(tmp_path / "u"))
+        assert (tmp_path / "u" / "lock").exists()
+    discard(tmp_path / "u")
+    assert tree(tmp_path) == before
+    (tmp_path / "v" / "notes.txt").write_text("mine")
+    discard(tmp_path / "v")
+    assert [p.name for p in (tmp_path / "v").iterdir()] == ["notes.txt"]
+    (tmp_path / "v" / "notes.txt").unlink()
     (tmp_path / "v" / "state.json").write_text("{")
     with pytest.raises(MoneEdgeError, match="is damaged"), open_work(Work(tmp_path / "v"), {}):
         pass

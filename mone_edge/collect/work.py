@@ -7,9 +7,9 @@ state that changes atomically. Knows nothing about models or sums.
 import fcntl
 import glob
 import json
-import shutil
+import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,11 @@ from mone_edge.stats import Provenance
 
 FORMAT = "mone-edge-work"
 STATE, LOCK = "state.json", "lock"
+# every file of a run: these two, hidden states and inputs, what is finished, half-written files
+MADE = re.compile(
+    r"state\.json|lock|inputs\.bin|hidden\.\d+\.bin|"
+    r"(layer|sums|samples|novices)\.\d+\.safetensors|\..+\.tmp"
+)
 
 
 def work_path(outfile: Path) -> Path:
@@ -39,9 +44,16 @@ def run_key(made: Provenance, mode: str, batch_tokens: int) -> dict[str, Any]:
 
 
 def discard(path: Path) -> None:
-    """Remove the work whose result is saved, of all processes; none is fine."""
+    """Remove the work whose result is saved, of all processes; none is fine.
+
+    What runs did not make stays, and so does a folder in which another process is working.
+    """
     for folder in (path, *_ranks(path)):
-        shutil.rmtree(folder, ignore_errors=True)
+        if (folder / STATE).exists() or not _strangers(folder):
+            with suppress(OSError), _locked(folder):
+                _empty(folder)
+                (folder / LOCK).unlink()
+                folder.rmdir()
 
 
 def _ranks(path: Path) -> Iterator[Path]:
@@ -122,19 +134,20 @@ def open_work(work: Work, key: Mapping[str, Any]) -> Iterator[WorkFolder]:
         raise MoneEdgeError(_foreign(path, document.get("key"), key))
     go_on = same and work.resume
     path.mkdir(parents=True, exist_ok=True)
-    with (path / LOCK).open("w") as lock:
-        _lock(path, lock)
-        if not go_on:
-            _empty(path)
-        yield WorkFolder(path, key, document["state"] if go_on else {})
+    try:
+        with _locked(path):
+            if not go_on:
+                _empty(path)
+            yield WorkFolder(path, key, document["state"] if go_on else {})
+    except BlockingIOError as error:
+        raise MoneEdgeError(f"another process is working in {path}") from error
 
 
 def _read(path: Path) -> dict[str, Any]:
     """What the folder says of itself; empty if there is none or no step of it was finished."""
     file = path / STATE
     if not file.exists():
-        strangers = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
-        if path.is_file() or any(not _is_ours(name) for name in strangers):
+        if path.is_file() or _strangers(path):
             raise MoneEdgeError(f"{path} is not a work folder; name another --outfile")
         return {}
     try:
@@ -146,8 +159,10 @@ def _read(path: Path) -> dict[str, Any]:
     return dict(document)
 
 
-def _is_ours(name: str) -> bool:
-    return name == LOCK or name.endswith((".tmp", ".bin", ".safetensors"))
+def _strangers(path: Path) -> list[str]:
+    """Names in a folder that no run gives a file."""
+    names = sorted(p.name for p in path.iterdir()) if path.is_dir() else []
+    return [name for name in names if not MADE.fullmatch(name)]
 
 
 def _foreign(path: Path, found: Any, wanted: Mapping[str, Any]) -> str:
@@ -164,14 +179,19 @@ def _short(value: Any) -> str:
     return text[:12] if len(text) == 64 else text
 
 
-def _lock(path: Path, lock: Any) -> None:
-    try:
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a folder's lock.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    with (path / LOCK).open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise MoneEdgeError(f"another process is working in {path}") from error
+        yield
 
 
 def _empty(path: Path) -> None:
     for file in path.iterdir():
-        if file.name != LOCK and _is_ours(file.name) | (file.name == STATE):
+        if file.name != LOCK and MADE.fullmatch(file.name):
             file.unlink()
