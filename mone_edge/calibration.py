@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mone_edge import hub
-from mone_edge.documents import parse_json, reason
+from mone_edge.documents import is_text, parse_json, reason
 from mone_edge.errors import MoneEdgeError, UsageError
 from mone_edge.paths import exists, expand, is_file
 
@@ -310,7 +310,7 @@ def _record_text(record: Any, tokenizer: Tokenizer, where: str) -> str:
     """The text of a record: its "text", or its "messages" through the tokenizer's chat template."""
     if isinstance(record, dict):
         for column in TEXT_COLUMNS:
-            if isinstance(record.get(column), str):
+            if is_text(record.get(column)):
                 return str(record[column])
         if isinstance(record.get("messages"), list):
             return _chat_text(record["messages"], tokenizer, where)
@@ -326,6 +326,8 @@ def _chat_text(messages: list[Any], tokenizer: Tokenizer, where: str) -> str:
         raise MoneEdgeError(
             f"{where}: the chat template refuses these messages: {reason(error)}"
         ) from error
+    if text is not None and not is_text(text):
+        raise MoneEdgeError(f"{where}: its messages hold half of a surrogate pair")
     if text is None:
         raise MoneEdgeError(f'{where}: has "messages", but the tokenizer has no chat template')
     return text

@@ -5,26 +5,30 @@ In: text or bytes. Out: plain values, or ValueError. Knows nothing about what th
 
 import dataclasses
 import json
-import re
 from typing import Any
 
 MAX_REASON = 200  # characters; a decoder's error may quote the whole file
-SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def parse_json(text: str | bytes) -> Any:
     """What `json.loads` gives.
 
     Raises:
-        ValueError: not JSON, not UTF-8 (as half of a surrogate pair is not), or nested too deeply.
+        ValueError: not JSON, not UTF-8, or nested too deeply.
     """
     try:
-        parsed = json.loads(text)
-        if SURROGATE.search(text if isinstance(text, bytes) else text.encode()):
-            json.dumps(parsed, ensure_ascii=False).encode()  # halves that found each other can
-        return parsed
+        return json.loads(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def is_text(value: object) -> bool:
+    """Whether this is a string that UTF-8 can hold; half of a surrogate pair in it, as JSON's
+    escapes can write one, is not."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 def require_keys(document: dict[str, Any], record: Any) -> None:

@@ -146,9 +146,9 @@ def load(path: Path) -> dict[str, Any]:
     _require_known(str(path), document, Recipe)
     _require_types(str(path), document, Recipe)
     _require_ranges(path, document)
-    read_calibration(str(path), document.get("calibration") or {})
-    if document.get("calibration"):
+    if isinstance(document.get("calibration"), dict):
         document["calibration"] = _as_meant(document["calibration"], Calibration)
+    read_calibration(str(path), document.get("calibration") or {})
     return document
 
 
@@ -160,7 +160,6 @@ def read_calibration(where: str, document: Any) -> Calibration:
     """
     if not isinstance(document, dict):
         raise UsageError(f"{where}: calibration is not a group of options")
-    document = _as_meant(document, Calibration)
     _require_known(where, document, Calibration, "calibration.")
     _require_types(where, document, Calibration, "calibration.")
     given = {name: value for name, value in document.items() if value is not None}

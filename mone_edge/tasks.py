@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mone_edge.documents import parse_json, reason
+from mone_edge.documents import is_text, parse_json, reason
 from mone_edge.errors import MoneEdgeError
 from mone_edge.scoring import (
     Float,
@@ -101,14 +101,14 @@ def _fault(entry: Any) -> str:
     if missing:
         return f"no {', '.join(missing)}"
     for key in ("task", "context"):
-        if not isinstance(entry[key], str) or not entry[key]:
+        if not is_text(entry[key]) or not entry[key]:
             return f"{key} is not a text, or empty"
     if entry["task"] in AVERAGES:
         return f"a task cannot be called {entry['task']}"
     choices, answer = entry["choices"], entry["answer"]
     if not isinstance(choices, list) or len(choices) < 2:
         return "choices is not a list of two or more"
-    if any(not isinstance(choice, str) or not choice for choice in choices):
+    if any(not is_text(choice) or not choice for choice in choices):
         return "a choice is not a text, or empty"
     if type(answer) is not int or not 0 <= answer < len(choices):
         return f"answer is {answer!r}, not an index from 0 to {len(choices) - 1}"

@@ -313,7 +313,7 @@ def test_files_of_novices(calibrated: Make, tmp_path: Path) -> None:
     data = path.read_bytes()
     for broken in (data[:-10], data[:50], b"", data.replace(b"rank-2", b"rank-2", 1)[:9]):
         path.write_bytes(broken)
-        with pytest.raises(MoneEdgeError, match=r"damaged|truncated"):
+        with pytest.raises(MoneEdgeError, match=r"damaged|truncated|is not a novices file"):
             LowRankNovices.load(path)
     with pytest.raises(MoneEdgeError, match="holds no novices"):
         LowRankNovices.load(model.stats_file)
