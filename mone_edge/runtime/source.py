@@ -13,11 +13,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from mone_edge.errors import MoneEdgeError
+from mone_edge.paths import exists, real
 from mone_edge.runtime.fetch import fetch_sdist
 from mone_edge.runtime.layout import Layout
 from mone_edge.runtime.upstream import patch_files, read_upstream
 
 ARCHIVE_SUFFIX = ".tar.gz"
+TREE_FILES = ("CMakeLists.txt", "include/llama.h", "ggml/include/ggml.h")
 PYTHON_PARTS = ("llama_cpp", "PKG-INFO", "LICENSE.md")
 
 
@@ -106,10 +108,11 @@ def export_tree(tree: Path, out: Path, *, force: bool) -> Path:
     """Copy `tree` to a folder, or pack it into a `.tar.gz` whose one top folder is named alike.
 
     Raises:
-        MoneEdgeError: `out` exists and `force` is not set, or it cannot be written.
+        MoneEdgeError: `out` exists and `force` is not set, it is something else than such a tree
+            or archive, or it cannot be written.
     """
-    if out.exists() and not force:
-        raise MoneEdgeError(f"{out} exists; name another, or replace it with --force")
+    if exists(real(out)):
+        _require_replaceable(out, force)
     temporary = out.with_name(f".{out.name}.tmp")
     try:
         remove(temporary)
@@ -125,6 +128,19 @@ def export_tree(tree: Path, out: Path, *, force: bool) -> Path:
         remove(temporary)
         raise MoneEdgeError(f"cannot write {out}: {error.strerror or error}") from error
     return out
+
+
+def _require_replaceable(out: Path, force: bool) -> None:
+    there = real(out)
+    if out.name.endswith(ARCHIVE_SUFFIX):
+        alike = there.is_file()
+    else:
+        alike = all((there / name).is_file() for name in TREE_FILES)
+        alike = alike and not (there / ".git").exists()
+    if not alike:
+        raise MoneEdgeError(f"{out} is no source tree that this command wrote, and is left alone")
+    if not force:
+        raise MoneEdgeError(f"{out} exists; name another, or replace it with --force")
 
 
 def remove(path: Path) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -262,6 +263,9 @@ def test_exported_source(tmp_path: Path, name: str) -> None:
     tree = tmp_path / "tree"
     (tree / "src").mkdir(parents=True)
     (tree / "src" / "a.cpp").write_text("int a;", encoding="utf-8")
+    for file in source.TREE_FILES:
+        (tree / file).parent.mkdir(parents=True, exist_ok=True)
+        (tree / file).touch()
     out = source.export_tree(tree, tmp_path / "new" / name, force=False)
     if out.is_file():
         with tarfile.open(out) as tar:
@@ -272,6 +276,14 @@ def test_exported_source(tmp_path: Path, name: str) -> None:
         source.export_tree(tree, out, force=False)
     assert source.export_tree(tree, out, force=True) == out
     assert [path.name for path in out.parent.iterdir()] == [name]
+    (tmp_path / "mine").mkdir()
+    shutil.copytree(tree, tmp_path / "checkout")
+    (tmp_path / "checkout" / ".git").mkdir()
+    (tmp_path / "file").touch()
+    for wrong in ("mine", "no/../mine", "checkout", "file"):
+        with pytest.raises(MoneEdgeError, match="left alone"):
+            source.export_tree(tree, tmp_path / wrong, force=True)
+        assert (tmp_path / wrong.removeprefix("no/../")).exists()
 
 
 def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
