@@ -103,6 +103,7 @@ def _exchanged(matrix: Float, start: list[int]) -> list[int]:
     """Exchange the best pair until no exchange makes the error smaller."""
     going = np.zeros(len(matrix), dtype=bool)
     going[start] = True
+    noise = 1e-12 * float(np.abs(matrix).sum())  # below that, two sets could take turns for ever
     while True:
         inside, outside = np.flatnonzero(going), np.flatnonzero(~going)
         pull = 2 * matrix[:, inside].sum(axis=1)  # 2 F p
@@ -112,6 +113,6 @@ def _exchanged(matrix: Float, start: list[int]) -> list[int]:
         change = out[:, None] + into[None] - 2 * matrix[np.ix_(inside, outside)]
         place = int(np.argmin(change))
         i, j = divmod(place, len(outside))
-        if change[i, j] >= -1e-12 * abs(float(matrix[np.ix_(inside, inside)].sum())):
+        if change[i, j] >= -noise:
             return [int(n) for n in inside]
         going[inside[i]], going[outside[j]] = False, True

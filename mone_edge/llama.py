@@ -257,10 +257,12 @@ class GgufModel:
         """Run one sequence from its start, for an observer: every position in every block.
 
         llama.cpp leaves positions that nobody asks the logits of out of the last block, so they
-        are all asked for; none are copied.
+        are all asked for; none are copied. Batches are of equal size: of a single token, tensors
+        have an axis less.
         """
         self._prepare(len(tokens), 1)
-        size = min(self._cells, MAX_BATCH_TOKENS)
+        batches = -(-len(tokens) // min(self._cells, MAX_BATCH_TOKENS))
+        size = -(-len(tokens) // batches)
         for begin in range(0, len(tokens), size):
             part = list(tokens[begin : begin + size])
             positions = list(range(begin, begin + len(part)))

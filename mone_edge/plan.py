@@ -93,7 +93,8 @@ class PrunePlan:
 
     def sha256(self) -> str:
         """Of what is decided: which experts of which weights go, and what replaces them."""
-        decided = (self.fingerprint, self.replacement, sorted(self.kept.items()))
+        decided: list[Any] = [self.fingerprint, self.replacement, sorted(self.kept.items())]
+        decided += [self.method] if self.method == NOVICE_ERROR else []  # the fit decides
         return hashlib.sha256(json.dumps(decided).encode()).hexdigest()
 
     def save(self, path: Path) -> None:

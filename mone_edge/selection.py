@@ -21,6 +21,7 @@ computes, and `joint` for it; products of different experts are known around the
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -67,15 +68,15 @@ class LayerChoice:
     def first(self, count: int) -> set[int]:
         """The `count` experts that go first; of equal scores the higher ids."""
         if self.choice.method in SETS:
-            return set(joint.solve(self.matrix(), count, self.candidates))
+            return set(joint.solve(self.matrix, count, self.candidates))
         order = sorted(self.candidates, key=lambda i: (self.scores[i], -i))
         return set(order[:count])
 
     def errors(self) -> Float:
         """Predicted error [0..most] of removing so many."""
-        matrix = self.matrix()
-        return np.array([joint.error(matrix, self.first(n)) for n in range(self.most + 1)])
+        return np.array([joint.error(self.matrix, self.first(n)) for n in range(self.most + 1)])
 
+    @cached_property
     def matrix(self) -> Float:
         """What the layer loses by pairs: `reconstruction` leaves nothing in place of an expert."""
         nothing = self.choice.method == RECONSTRUCTION
@@ -161,12 +162,12 @@ def _over_model(choices: Mapping[int, LayerChoice], ratio: float) -> dict[int, s
     """One ranking over all layers; a layer at its floor passes, the next lowest score goes."""
     count = _count_over_model(choices, ratio)
     ranking = sorted(
-        (float(layer.scores[expert]), -index, -expert)
+        (float(layer.scores[expert]), -expert, -index)
         for index, layer in choices.items()
         for expert in layer.candidates
     )
     pruned: dict[int, set[int]] = {index: set() for index in choices}
-    for _, minus_index, minus_expert in ranking:
+    for _, minus_expert, minus_index in ranking:
         if count == 0:
             break
         if len(pruned[-minus_index]) < choices[-minus_index].most:

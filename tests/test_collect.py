@@ -217,6 +217,18 @@ def test_overflowing_outputs_leave_no_sample(checkpoints: dict[str, Path]) -> No
     assert layers[0].sample_kernel is not None and layers[1].pair_error is not None
 
 
+def test_a_router_that_scales_its_input_is_not_its_matrix() -> None:
+    model: Any = torch.nn.Module()
+    model.experts, model.router = torch.nn.Module(), torch.nn.Module()
+    model.experts.down_proj = torch.nn.Parameter(torch.zeros(4, 6, 8))
+    model.router.proj = torch.nn.Linear(6, 4, bias=False)
+    layer: Any = torch.nn.Module()
+    layer.block = model
+    assert sampling.router_weight(layer, "block.experts", 6) is model.router.proj.weight
+    model.router.scale = torch.nn.Parameter(torch.ones(6))
+    assert sampling.router_weight(layer, "block.experts", 6) is None
+
+
 def test_parts_merge_to_the_whole(checkpoints: dict[str, Path]) -> None:
     model = load_model(checkpoints["olmoe"], device="cpu", dtype="float64")
     whole = batches(6, 32)

@@ -63,6 +63,17 @@ def test_a_pass_for_each_layer_gives_the_same(
         model, make_plan(model.stats, prune_ratio=0.5, replacement="rank-4"), tmp_path
     )
     fitted(source, plan, model, Work(tmp_path / "v")).save(tmp_path / "whole")
+    monkeypatch.setattr(gguf_fitting, "WAITING_BYTES", 0)  # every batch is added at once
+    early = fitted(source, plan, model, Work(tmp_path / "u"))
+    late = LowRankNovices.load(tmp_path / "whole")
+    for layer, found in early.layers.items():
+        assert np.array_equal(found.tokens, late.layers[layer].tokens)
+        np.testing.assert_allclose(found.bias, late.layers[layer].bias, rtol=1e-3, atol=1e-3)
+    monkeypatch.undo()
+    monkeypatch.setattr(gguf_fitting, "memory_bytes", lambda: 1 << 10)
+    with pytest.raises(MoneEdgeError, match="block 0: fitting 4 experts at once takes"):
+        fitted(source, plan, model, Work(tmp_path / "y"))
+    monkeypatch.undo()
     monkeypatch.setattr(gguf_fitting, "MOMENT_BYTES", 1)
 
     def stop(done: int, total: int) -> None:

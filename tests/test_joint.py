@@ -55,6 +55,14 @@ def test_no_set_is_below_the_bound(experts: int, count: int) -> None:
         assert bound > 0.2 * found, "a bound that says nothing"
 
 
+def test_experts_that_cancel_do_not_take_turns_for_ever() -> None:
+    """The error of such a set is rounding alone, and so is what an exchange seems to gain."""
+    rng = np.random.default_rng(2643)  # for one seed in some thousands they did
+    half = rng.standard_normal((int(rng.integers(10, 20)), 1)) * 10.0 ** rng.integers(-6, 6)
+    vectors = np.concatenate([half, -half])
+    assert len(joint.solve(vectors @ vectors.T, len(half))) == len(half)
+
+
 def test_candidates_alone_may_go() -> None:
     of = matrix(40, seed=1)
     chosen = joint.solve(of, 10, candidates=range(5, 40, 2))

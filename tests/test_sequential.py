@@ -1,5 +1,6 @@
 """One layer in memory at a time: the same statistics, also after having been killed."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -138,6 +139,11 @@ def test_unfinished_work_is_not_thrown_away_silently(
     other = Work(work, resume=True)
     with pytest.raises(MoneEdgeError, match="its calibration text is 000"):
         collect_sequential(source, batches(1), other, device="cpu", batch_tokens=2 * SEQ_LEN)
+    again = dataclasses.replace(batches(), seed=7)
+    with pytest.raises(MoneEdgeError, match="its seed is 0, not 7"):
+        collect_sequential(
+            source, again, Work(work, resume=True), device="cpu", batch_tokens=2 * SEQ_LEN
+        )
     steps: list[tuple[int, int]] = []
     sequential(source, Work(work, restart=True), on_progress=lambda *step: steps.append(step))
     assert steps[0] == (2, LAYERS * SAMPLES)

@@ -23,6 +23,7 @@ from torch import Tensor
 from mone_edge import fit, low_rank, novices
 from mone_edge.calibration import Batches
 from mone_edge.collect.experts import (
+    expert_parameters,
     experts_modules,
     input_width,
     num_experts,
@@ -233,7 +234,8 @@ class _Run:
 
 def _limits(replacement: str, module: Any) -> fit.Limits:
     experts = num_experts(module)
-    weights = sum(p.numel() for p in module.parameters(recurse=False)) // experts
+    stacks = (getattr(owner, name) for owner, name, _ in expert_parameters(module))
+    weights = sum(stack.numel() for stack in stacks) // experts
     return fit.Limits(replacement, input_width(module), output_width(module), weights)
 
 

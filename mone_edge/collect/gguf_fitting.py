@@ -20,21 +20,27 @@ from mone_edge import fit, low_rank, novices
 from mone_edge.calibration import Batches
 from mone_edge.collect.gguf import ExpertObserver, provenance
 from mone_edge.collect.work import Work, WorkFolder, open_work, run_key
+from mone_edge.console import human_bytes
 from mone_edge.errors import MoneEdgeError
 from mone_edge.gguf_file import GgufSource
 from mone_edge.graph import Node
 from mone_edge.llama import GgufModel
 from mone_edge.low_rank import LowRankNovices
+from mone_edge.machine import memory_bytes
 from mone_edge.plan import PrunePlan
+from mone_edge.prune import SCALED_GATES
 from mone_edge.regression import Moments
 from mone_edge.stats import Provenance
 
 MOMENT_BYTES = 4 << 30
+BLOCK_ROWS = 1024  # added to the moments of an expert at once: each time costs a pass over them
+WAITING_BYTES = 1 << 30  # of rows that wait for that
 STACK = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down|gate_up)_exps\.weight")
 
 Progress = Callable[[int, int], None]
 Values = NDArray[Any]
 Pair = tuple[Moments, Moments]  # to fit, held out
+Rows = tuple[Values, Values, Values]  # inputs [n, H], outputs [n, D], weights [n]
 
 
 def fit_gguf(
@@ -66,6 +72,7 @@ def fit_gguf(
     wanted = [layer for layer in sorted(plan.kept) if plan.pruned(layer)]
     with open_work(work, run_key(made, "fit", 0) | {"plan": plan.sha256()}) as folder:
         done = list(folder.state.get("layers", []))
+        _require_memory(wanted, plan, shapes)
         for group in _groups([x for x in wanted if x not in done], plan, shapes):
             observer = _observe(source.path, plan, group, calibration, threads)
             for layer in group:
@@ -104,6 +111,17 @@ def _shapes(source: GgufSource, replacement: str) -> dict[int, _Shape]:
     return found
 
 
+def _require_memory(layers: Sequence[int], plan: PrunePlan, shapes: dict[int, _Shape]) -> None:
+    for layer in layers:
+        ids = fit.candidates(plan, layer)
+        if (needed := shapes[layer].moment_bytes(len(ids))) > memory_bytes():
+            raise MoneEdgeError(
+                f"block {layer}: fitting {len(ids)} experts at once takes {human_bytes(needed)} of "
+                f"memory, this machine has {human_bytes(memory_bytes())}; fit to the checkpoint "
+                "instead (an expert at a time), or choose constants (--replacement mean)"
+            )
+
+
 def _groups(
     layers: Sequence[int], plan: PrunePlan, shapes: dict[int, _Shape]
 ) -> Iterator[list[int]]:
@@ -128,8 +146,10 @@ def _observe(
     observer = _PairObserver({i: fit.candidates(plan, i) for i in group}, tokens.size)
     options: dict[str, Any] = {"n_ctx": length, "threads": threads, "exact": True, "run_all": True}
     with GgufModel(path, observer=observer, **options) as llama:
+        observer.scaled_gates = llama.metadata("general.architecture") in SCALED_GATES
         for row in tokens.tolist():
             llama.read(row)
+    observer.add_waiting()
     for layer in group:
         if observer.tokens[layer] != tokens.size:
             raise MoneEdgeError(
@@ -170,6 +190,8 @@ class _PairObserver(ExpertObserver):
         self._fitted, self._last = fitted, max(fitted)
         self._held_out = fit.held_out(tokens)
         self._batch: dict[int, tuple[Values, NDArray[np.int64]]] = {}  # inputs [T, H], ids [T, K]
+        self._waiting: dict[tuple[int, int, bool], list[Rows]] = {}  # layer, expert, held out
+        self._waiting_bytes = 0
         self._finished = False
 
     def start(self) -> None:
@@ -212,6 +234,27 @@ class _PairObserver(ExpertObserver):
     ) -> None:
         if expert not in self.moments[layer]:
             self.moments[layer][expert] = Moments.near(x, y), Moments.near(x, y)
-        pair = self.moments[layer][expert]
-        for into, chosen in zip(pair, (~judges, judges), strict=True):
-            into.add(x[chosen], y[chosen], gates[chosen] ** 2)
+        for held_out, chosen in ((False, ~judges), (True, judges)):
+            if not chosen.any():
+                continue
+            key, rows = (layer, expert, held_out), (x[chosen], y[chosen], gates[chosen] ** 2)
+            waiting = self._waiting.setdefault(key, [])
+            waiting.append(rows)
+            self._waiting_bytes += sum(part.nbytes for part in rows)
+            if sum(len(part[0]) for part in waiting) >= BLOCK_ROWS:
+                self._add_rows(key)
+        while self._waiting_bytes > WAITING_BYTES:
+            self._add_rows(
+                max(self._waiting, key=lambda k: sum(len(p[0]) for p in self._waiting[k]))
+            )
+
+    def _add_rows(self, key: tuple[int, int, bool]) -> None:
+        layer, expert, held_out = key
+        x, y, weights = map(np.concatenate, zip(*self._waiting.pop(key), strict=True))
+        self._waiting_bytes -= x.nbytes + y.nbytes + weights.nbytes
+        self.moments[layer][expert][held_out].add(x, y, weights)
+
+    def add_waiting(self) -> None:
+        """Add what still waits to be more."""
+        for key in list(self._waiting):
+            self._add_rows(key)

@@ -83,12 +83,18 @@ def sums(model: Any, name: str, inputs: Tensor) -> dict[str, Any]:
 
 def router_weight(model: Any, name: str, width: int) -> Tensor | None:
     """The router's matrix [E, H]: the only one in the block outside of the experts that has a row
-    for each of them, and a column for each of their inputs. None if there is no such one."""
+    for each of them, and a column for each of their inputs. None if there is no such one, or if its
+    module scales what it reads (gemma4), so that the matrix alone does not make the logits."""
     block = model.get_submodule(name.rpartition(".")[0])
     inside, experts = name.rpartition(".")[2], num_experts(model.get_submodule(name))
     found = [
-        weight
+        (key, weight)
         for key, weight in block.named_parameters()
         if not key.startswith(f"{inside}.") and tuple(weight.shape) == (experts, width)
     ]
-    return found[0] if len(found) == 1 else None
+    if len(found) != 1:
+        return None
+    ((key, weight),) = found
+    owner = key.partition(".")[0]  # the router, or the matrix itself
+    scales = (p for p in block.get_submodule(owner).parameters() if tuple(p.shape) == (width,))
+    return None if any(True for _ in scales) else weight

@@ -38,6 +38,8 @@ def run_key(made: Provenance, mode: str, batch_tokens: int) -> dict[str, Any]:
         "mode": mode,
         "model": made.fingerprint,
         "calibration text": made.data_sha256[0],
+        "number and length of sequences": [made.samples, made.seq_len],
+        "seed": made.seed,  # of the tokens that all experts run on
         "software": made.tool,
         "batch": batch_tokens,
     }
