@@ -95,7 +95,7 @@ def write(
         kept=kept,
     )
     with atomic_write(card) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def add_cost(card: Path, model: str, text: str, measured: "EvalResult") -> None:

@@ -86,9 +86,11 @@ def cli() -> None:
 def main() -> NoReturn:
     """Run the command line; every error the user can act on is one line on stderr.
 
-    A polite kill counts as Ctrl-C, so that temporary files go and children end.
+    A polite kill and a closed terminal count as Ctrl-C: temporary files go and children end.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # no nohup
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
     sys.exit(run(sys.argv[1:]))
 
 
@@ -116,7 +118,7 @@ def run(arguments: list[str]) -> int:
             _complain(f"interrupted; {error}")
             return INTERRUPTED
         goes_on = isinstance(error, Resumable)
-        again = [*arguments, "--resume"] if goes_on and "--resume" not in arguments else arguments
+        again = [*arguments, *(error.options if isinstance(error, Resumable) else ())]
         verb = "go on" if goes_on else "again"
         _complain(f"interrupted; {verb} with: {_program()} {shlex.join(again)}")
         return INTERRUPTED

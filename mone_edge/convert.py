@@ -127,7 +127,8 @@ def prepare(
 def _require_other_files(source: Source, outfiles: dict[str, Path]) -> None:
     """The input is never written to, nor is a part of it (`--split-max-size` names parts)."""
     for outfile in outfiles.values():
-        parts = re.compile(rf"{re.escape(outfile.stem)}(-\d{{5}}-of-\d{{5}})?{outfile.suffix}")
+        stem, suffix = re.escape(outfile.stem), re.escape(outfile.suffix)
+        parts = re.compile(rf"{stem}(-\d{{5}}-of-\d{{5}})?{suffix}")
         for file in source.files:
             same_folder = file.parent.resolve() == outfile.parent.resolve()
             if (same_folder and parts.fullmatch(file.name)) or (
@@ -274,12 +275,14 @@ def write(
     if split_max_bytes:
         given = [*given, "--split-max-size", str(split_max_bytes)]
     folders = " and ".join(sorted({str(job.outfile.parent) for job in jobs}))
+    before = {path for job in jobs for path in _neighbours(job)}
     try:
         with ExitStack() as stack:
             places = [_scratch(job, stack) for job in jobs]
             _write_together(jobs, places, split_max_bytes, count, report)
             for job, place in zip(jobs, places, strict=True):
                 _write_beside(job, place, recipe.of_type(job.outtype), given)
+            _require_still_free(jobs, places, before)
             made = [_publish(job, place) for job, place in zip(jobs, places, strict=True)]
     except OSError as error:
         raise MoneEdgeError(f"cannot write in {folders}: {error.strerror or error}") from error
@@ -378,13 +381,28 @@ def _open_writer(job: Job, path: Path, split_max_bytes: int) -> Any:
     return writer
 
 
+def _neighbours(job: Job) -> list[Path]:
+    folder = job.outfile.parent
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def _require_still_free(jobs: Sequence[Job], places: Sequence[Path], before: set[Path]) -> None:
+    """Nothing may have got a result's name while it was written, by another run perhaps."""
+    for job, place in zip(jobs, places, strict=True):
+        for target in (job.outfile.parent / file.name for file in place.iterdir()):
+            if target not in before and os.path.lexists(target):
+                raise MoneEdgeError(
+                    f"{target} has come into being meanwhile and is left alone; name another file"
+                )
+
+
 def _publish(job: Job, place: Path) -> tuple[Path, ...]:
     """Move finished files to where they belong."""
     targets = []
     for file in sorted(place.iterdir()):
         target = job.outfile.parent / file.name
         file.replace(target)
-        targets += [target] if file.suffix == job.outfile.suffix else []
+        targets += [] if target in beside(job.outfile) else [target]
     return tuple(targets)
 
 

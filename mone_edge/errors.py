@@ -28,4 +28,8 @@ class Stopped(KeyboardInterrupt):
 
 
 class Resumable(KeyboardInterrupt):
-    """Interrupted, and what was finished is kept: the same command with --resume goes on."""
+    """Interrupted, and what was finished is kept: the same command goes on, with these options."""
+
+    def __init__(self, *options: str) -> None:
+        super().__init__(*options)
+        self.options = options

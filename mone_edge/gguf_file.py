@@ -6,6 +6,7 @@ so that what is kept can be written bit for bit.
 """
 
 import functools
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -146,6 +147,11 @@ class GgufSource(Source):
         from mone_edge.collect.gguf_fitting import fit_gguf
 
         return fit_gguf(self, plan, batches, work, threads=threads, on_progress=progress)
+
+    def settings_sha256(self) -> str:
+        metadata = self.parts[0].metadata
+        told = {k: e.value for k, e in metadata.items() if not k.startswith("general.")}
+        return hashlib.sha256(repr(sorted(told.items())).encode()).hexdigest()
 
     def require_device(self, device: str) -> None:
         if device not in ("auto", "cpu"):

@@ -85,6 +85,8 @@ def require_writable(target: Path, *, force: bool, inputs: Iterable[Path] = ()) 
         _require_replaceable(target, force, inputs)
     folder = existing_folder(target)
     try:
+        if target.is_symlink() and not exists(target):
+            raise MoneEdgeError(f"{target} is a link to {real(target)}; name that")
         _temporary(target).lstat()
     except (FileNotFoundError, NotADirectoryError):
         pass

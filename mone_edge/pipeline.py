@@ -147,7 +147,8 @@ def cached_novices(source: Source, plan: PrunePlan, calibration: Calibration) ->
 def _cached(kind: str, source: Source, calibration: Calibration, more: str = "") -> Path:
     """A place in the cache for what is made from a model and text."""
     digest = hashlib.sha256(
-        f"{__version__} {STATS_VERSION} {source.fingerprint} {calibration}{more}".encode()
+        f"{__version__} {STATS_VERSION} {source.fingerprint} {source.settings_sha256()} "
+        f"{calibration}{more}".encode()
     )
     for spec in calibration.data or (str(demo.calibration_text()),):
         place = expand(text.split_weight(spec)[0])

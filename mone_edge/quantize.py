@@ -394,6 +394,7 @@ def quantized_chunks(
         floats = values
         if tensor.dtype != "F32":
             floats = to_float(values, tensor.dtype, tensor.shape[-1], threads)
+            _require_sane(name, floats, dtype)
         for piece, row in _matrices(floats, index, importance, len(tensor.chunks) > 1):
             begun.append(_begin(piece.astype(np.float32, copy=False), dtype, row, threads))
             if len(begun) > IN_WORK:
@@ -407,11 +408,11 @@ def _require_sane(name: str, values: Array, dtype: str) -> None:
     largest = float(max(values.max(initial=0), -values.min(initial=0)))  # NaN stays NaN
     if not np.isfinite(largest):
         raise MoneEdgeError(
-            f"{name} holds values that are infinite or not numbers; the checkpoint is damaged"
+            f"{name} holds values that are infinite or not numbers; the model is damaged"
         )
     if largest > F16_MAX and dtype not in ("F32", "BF16"):
         raise MoneEdgeError(
-            f"{name} holds {largest:.3g}, and {dtype} reaches {F16_MAX:.0f}; the checkpoint is "
+            f"{name} holds {largest:.3g}, and {dtype} reaches {F16_MAX:.0f}; the model is "
             "damaged, or needs --outtype BF16"
         )
 

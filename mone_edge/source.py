@@ -5,6 +5,7 @@ fingerprint of the weights, and the ways to open it and to measure it. Loads no 
 """
 
 import hashlib
+import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -150,6 +151,10 @@ class Source(ABC):
         return self.fingerprint
 
     @abstractmethod
+    def settings_sha256(self) -> str:
+        """Of what decides, beside the weights, how text is read and what is computed."""
+
+    @abstractmethod
     def require_device(self, device: str) -> None:
         """Refuse a torch device (or "auto") that the model cannot be measured on.
 
@@ -192,6 +197,14 @@ class Checkpoint(Source):
     """A checkpoint in the Hugging Face format."""
 
     config: Mapping[str, Any]
+
+    def settings_sha256(self) -> str:
+        from mone_edge.calibration import TOKENIZER_FILES
+
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True, default=str).encode())
+        for file in (self.path / name for name in TOKENIZER_FILES):
+            digest.update(file.read_bytes() if is_file(file) else b"")
+        return digest.hexdigest()
 
     @property
     def label(self) -> str:

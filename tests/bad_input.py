@@ -17,7 +17,7 @@ def tree(folder: Path) -> Tree:
     return {
         str(path.relative_to(folder)): (path.lstat().st_size, path.lstat().st_mtime_ns)
         for path in folder.rglob("*")
-        if path.is_file() or not any(path.iterdir())
+        if path.is_symlink() or path.is_file() or not any(path.iterdir())
     }
 
 

@@ -316,6 +316,10 @@ def test_what_stands_beside_an_output_is_not_replaced(
 ) -> None:
     assert run(["plan", "s.safetensors", "-o", "p.json"]) == 0
     write_gguf_and_plan(workspace)
+    (workspace / "link.gguf").symlink_to("gone/x.gguf")
+    refuses(*CONVERT, "-o", "link.gguf", told="link.gguf is a link to")
+    both = ("--outtype", "Q8_0", "--outtype", "F16", "-o", "y.{ftype}")
+    refuses(*CONVERT, *both, code=2, told="two files would have y.recipe.yaml")
     (workspace / "x.md").write_text("mine")
     refuses("prune", "whole.gguf", "--plan", "g.json", "-o", "x.gguf", told="x.md exists; add")
     (workspace / "o.md").write_text("mine")

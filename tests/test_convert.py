@@ -278,6 +278,28 @@ def test_split_files_hold_the_same_tensors(calibrated: Calibrate, tmp_path: Path
     assert parts == tensors(run(source, tmp_path / "one.gguf", "F16"))
 
 
+def test_what_comes_into_being_meanwhile_is_left_alone(
+    calibrated: Calibrate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = calibrated("olmoe").source
+    recipe = Recipe(model=source.name, tokenizer_pre="gpt-2")
+    jobs = convert.prepare(source, recipe, {"F16": tmp_path / "m.bin"})
+    write_beside = convert._write_beside
+
+    def slowly(*arguments: Any) -> None:
+        (tmp_path / "m.md").write_text("mine")
+        write_beside(*arguments)
+
+    monkeypatch.setattr(convert, "_write_beside", slowly)
+    with pytest.raises(MoneEdgeError, match=r"m.md has come into being meanwhile"):
+        convert.write(jobs, recipe)
+    assert [path.name for path in tmp_path.iterdir()] == ["m.md"]
+    monkeypatch.undo()
+    made = convert.write(jobs, recipe, split_max_bytes=150_000)[0]  # what was there may go
+    assert made.card.read_text(encoding="utf-8") != "mine"
+    assert len(made.files) > 1
+
+
 def test_unknown_pre_tokenizer_is_refused_before_any_work(
     calibrated: Calibrate, tmp_path: Path
 ) -> None:

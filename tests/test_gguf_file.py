@@ -15,11 +15,12 @@ from mone_edge import imatrix as imatrices
 from mone_edge.calibration import Batches
 from mone_edge.cli import run
 from mone_edge.errors import MoneEdgeError, UsageError
+from mone_edge.gguf_file import GgufSource
 from mone_edge.inspection import inspect
 from mone_edge.llama import GgufModel
 from mone_edge.plan import PrunePlan, make_plan
-from mone_edge.recipe import Recipe
-from mone_edge.source import Source, resolve
+from mone_edge.recipe import Calibration, Recipe
+from mone_edge.source import Checkpoint, Source, resolve
 from mone_edge.stats import ExpertStats
 from tests import tiny
 from tests.conftest import Calibrated
@@ -217,6 +218,36 @@ def test_requantising_is_llama_quantizes(
     assert tensors(ours) == tensors(theirs)
     fields = [gguf.GGUFReader(path).fields["general.file_type"] for path in (ours, theirs)]
     assert fields[0].contents() == fields[1].contents()
+
+
+def test_damaged_weights_are_not_quantised(calibrated: Calibrate, tmp_path: Path) -> None:
+    half = resolve(str(write(calibrated("olmoe").source, tmp_path / "half.gguf", "F16")))
+    ref = half.tensors["blk.1.ffn_down_exps.weight"]
+    with ref.file.open("r+b") as file:
+        file.seek(ref.offset + 1000)
+        file.write(np.array([np.nan], np.float16).tobytes())
+    with pytest.raises(MoneEdgeError, match=r"blk\.1\.ffn_down_exps\.weight holds values that are"):
+        write(half, tmp_path / "out.gguf", "Q8_0")
+
+
+def test_cached_statistics_are_of_the_same_routing_and_tokens(
+    quantised: Callable[[str], Path], calibrated: Calibrate
+) -> None:
+    checkpoint, file = calibrated("olmoe").source, resolve(str(quantised("Q8_0")))
+    assert isinstance(checkpoint, Checkpoint)
+    assert isinstance(file, GgufSource)
+    other = dataclasses.replace(checkpoint, config={**checkpoint.config, "norm_topk_prob": True})
+    header = file.parts[0]
+    key = next(name for name in header.metadata if name.endswith(".expert_used_count"))
+    entry = dataclasses.replace(header.metadata[key], value=6)
+    changed = dataclasses.replace(header, metadata=header.metadata | {key: entry})
+    for one, two in (
+        (checkpoint, other),
+        (file, dataclasses.replace(file, parts=(changed, *file.parts[1:]))),
+    ):
+        assert one.fingerprint == two.fingerprint
+        places = [pipeline.cached_stats(source, Calibration()) for source in (one, one, two)]
+        assert places[0] == places[1] != places[2]
 
 
 def test_the_input_is_never_the_output(quantised: Callable[[str], Path], tmp_path: Path) -> None:

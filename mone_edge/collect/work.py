@@ -110,7 +110,7 @@ def unfinished(work: Work) -> Iterator[None]:
             if not work.started:
                 discard(work.path)
             elif isinstance(error, KeyboardInterrupt):
-                raise Resumable from error
+                raise Resumable(*(() if work.resume else ("--resume",))) from error
             raise
 
 
@@ -142,7 +142,9 @@ def open_work(work: Work, key: Mapping[str, Any]) -> Iterator[WorkFolder]:
                 _empty(path)
             yield WorkFolder(path, key, document["state"] if go_on else {})
     except BlockingIOError as error:
-        raise MoneEdgeError(f"another process is working in {path}") from error
+        raise MoneEdgeError(
+            f"another process is working in {path}; when it is done, run this again"
+        ) from error
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def require_places(
     """
     from mone_edge.convert import beside
 
-    inputs = list(inputs)
+    inputs, taken = list(inputs), set[Path]()
     for outfile in outfiles:
         if outfile.suffix in (".md", ".yaml"):
             raise UsageError(
@@ -60,5 +60,8 @@ def require_places(
         for path in (outfile, *(parts if split else ())):
             require_writable(path, force=force, inputs=inputs)
         for path in beside(outfile):
+            if path in taken:
+                raise UsageError(f"two files would have {path}: end --outfile in .gguf")
+            taken.add(path)
             again = recipe is not None and path.resolve() == recipe.resolve()
             require_writable(path, force=force or again, inputs=inputs)

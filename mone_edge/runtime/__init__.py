@@ -10,6 +10,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -149,18 +150,35 @@ def build(
         raise UsageError(f"jobs is {jobs}, must be at least 1")
     report = progress or (lambda _: None)
     with held(place, report):
-        if force and place.root.exists():
-            shutil.rmtree(place.root)
-        if not place.is_built():
+        if force or not place.is_built():
             toolchain = find_toolchain(place.variant, ndk=ndk)
-            report("preparing the source of llama.cpp")
-            make_source(place, offline=offline)
-            compile_tree(place, toolchain, jobs=jobs, progress=report)
-            finish(place)
+            with _set_aside(place, force):
+                report("preparing the source of llama.cpp")
+                make_source(place, offline=offline)
+                compile_tree(place, toolchain, jobs=jobs, progress=report)
+                finish(place)
         if place.variant.is_native and installed_key() != place.build_key:
             report("installing llama-cpp-python")
             install_package(place, next(place.root.glob(WHEEL_PATTERN)), offline=offline)
     return info_of(place)
+
+
+@contextmanager
+def _set_aside(place: Layout, anew: bool) -> Iterator[None]:
+    """With `anew`, build in an empty folder; what was built before comes back if that fails."""
+    old = place.root.with_name(f".{place.root.name}.old")
+    if not anew or not place.root.exists():
+        yield
+        return
+    shutil.rmtree(old, ignore_errors=True)
+    place.root.rename(old)
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(place.root, ignore_errors=True)
+        old.rename(place.root)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def finish(place: Layout) -> None:

@@ -7,6 +7,7 @@ interrupted build left; nothing but complete files gets into `bin/` and `lib/`.
 import os
 import re
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -74,14 +75,19 @@ def run_step(
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, errors="replace", cwd=layout.root, env={**CCACHE, **os.environ},
+        start_new_session=True,
     ) as process:  # fmt: skip
         assert process.stdout is not None
-        for line in process.stdout:
-            write(line)
-            last_lines = [*last_lines[1 - LOG_LINES_SHOWN :], line.rstrip()]
-            step = STEP.match(line)
-            if step:
-                progress(f"compiling llama.cpp {step[1]}")
+        try:
+            for line in process.stdout:
+                write(line)
+                last_lines = [*last_lines[1 - LOG_LINES_SHOWN :], line.rstrip()]
+                step = STEP.match(line)
+                if step:
+                    progress(f"compiling llama.cpp {step[1]}")
+        except BaseException:
+            os.killpg(process.pid, signal.SIGTERM)  # cmake, and the compilers that it started
+            raise
     if process.returncode != 0:
         tail = "\n".join(f"  {line}" for line in last_lines)
         raise MoneEdgeError(

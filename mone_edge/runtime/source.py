@@ -13,13 +13,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from mone_edge.errors import MoneEdgeError
-from mone_edge.paths import exists, real
+from mone_edge.paths import exists, parent_folder, real
 from mone_edge.runtime.fetch import fetch_sdist
 from mone_edge.runtime.layout import Layout
 from mone_edge.runtime.upstream import patch_files, read_upstream
 
 ARCHIVE_SUFFIX = ".tar.gz"
-TREE_FILES = ("CMakeLists.txt", "include/llama.h", "ggml/include/ggml.h")
 PYTHON_PARTS = ("llama_cpp", "PKG-INFO", "LICENSE.md")
 
 
@@ -112,33 +111,35 @@ def export_tree(tree: Path, out: Path, *, force: bool) -> Path:
             or archive, or it cannot be written.
     """
     if exists(real(out)):
-        _require_replaceable(out, force)
-    temporary = out.with_name(f".{out.name}.tmp")
+        _require_replaceable(tree, out, force)
     try:
-        remove(temporary)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if out.name.endswith(ARCHIVE_SUFFIX):
-            with tarfile.open(temporary, "w:gz", compresslevel=6) as tar:
-                tar.add(tree, arcname=out.name.removesuffix(ARCHIVE_SUFFIX))
-        else:
-            shutil.copytree(tree, temporary, symlinks=True)
-        remove(out)
-        temporary.rename(out)
+        with (
+            parent_folder(out) as folder,
+            tempfile.TemporaryDirectory(dir=folder, prefix=".mone-edge-") as scratch,
+        ):
+            made = Path(scratch) / out.name
+            if out.name.endswith(ARCHIVE_SUFFIX):
+                with tarfile.open(made, "w:gz", compresslevel=6) as tar:
+                    tar.add(tree, arcname=out.name.removesuffix(ARCHIVE_SUFFIX))
+            else:
+                shutil.copytree(tree, made, symlinks=True)
+            remove(out)
+            made.rename(out)
     except OSError as error:
-        remove(temporary)
         raise MoneEdgeError(f"cannot write {out}: {error.strerror or error}") from error
     return out
 
 
-def _require_replaceable(out: Path, force: bool) -> None:
+def _require_replaceable(tree: Path, out: Path, force: bool) -> None:
     there = real(out)
-    if out.name.endswith(ARCHIVE_SUFFIX):
-        alike = there.is_file()
-    else:
-        alike = all((there / name).is_file() for name in TREE_FILES)
-        alike = alike and not (there / ".git").exists()
-    if not alike:
-        raise MoneEdgeError(f"{out} is no source tree that this command wrote, and is left alone")
+    if out.name.endswith(ARCHIVE_SUFFIX) != there.is_file():
+        raise MoneEdgeError(f"{out} is not what this command writes, and is left alone")
+    for path in sorted(there.rglob("*")):
+        if not os.path.lexists(tree / path.relative_to(there)):
+            raise MoneEdgeError(
+                f"{out} holds {path.relative_to(there)}, which the source tree does not, and is "
+                "left alone; name another"
+            )
     if not force:
         raise MoneEdgeError(f"{out} exists; name another, or replace it with --force")
 

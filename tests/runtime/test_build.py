@@ -88,6 +88,26 @@ def test_unsupported(
     assert not cache.exists()
 
 
+def test_a_build_that_cannot_be_made_anew_stays(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = layout.layout_of(targets.NATIVE)
+    place.root.mkdir(parents=True)
+    (place.root / "built.json").write_text("{}", encoding="utf-8")
+
+    def fails(*_: object, **__: object) -> None:
+        assert step == "find_toolchain" or not place.root.exists()
+        raise MoneEdgeError("no luck")
+
+    monkeypatch.setattr(runtime, "find_toolchain", lambda *_, **__: None)
+    for step in ("make_source", "find_toolchain"):
+        monkeypatch.setattr(runtime, step, fails)
+        with pytest.raises(MoneEdgeError, match="no luck"):
+            runtime.build(force=True)
+        assert [file.name for file in place.root.iterdir()] == ["built.json"]
+        assert not list(place.root.parent.glob(".*.old"))
+
+
 def test_offline_without_source(cache: Path) -> None:
     for ask in (lambda: runtime.build(offline=True), lambda: runtime.prepare_source(offline=True)):
         with pytest.raises(MoneEdgeError, match=r"offline, and llama_cpp_python.* put the file at"):
@@ -259,13 +279,10 @@ def test_cross_build_leaves_what_is_to_be_copied(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["out", "out.tar.gz"])
-def test_exported_source(tmp_path: Path, name: str) -> None:
+def test_exported_source(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tree = tmp_path / "tree"
     (tree / "src").mkdir(parents=True)
     (tree / "src" / "a.cpp").write_text("int a;", encoding="utf-8")
-    for file in source.TREE_FILES:
-        (tree / file).parent.mkdir(parents=True, exist_ok=True)
-        (tree / file).touch()
     out = source.export_tree(tree, tmp_path / "new" / name, force=False)
     if out.is_file():
         with tarfile.open(out) as tar:
@@ -276,14 +293,23 @@ def test_exported_source(tmp_path: Path, name: str) -> None:
         source.export_tree(tree, out, force=False)
     assert source.export_tree(tree, out, force=True) == out
     assert [path.name for path in out.parent.iterdir()] == [name]
-    (tmp_path / "mine").mkdir()
-    shutil.copytree(tree, tmp_path / "checkout")
-    (tmp_path / "checkout" / ".git").mkdir()
+    shutil.copytree(tree, tmp_path / "mine")
+    (tmp_path / "mine" / "src" / "patch").touch()
     (tmp_path / "file").touch()
-    for wrong in ("mine", "no/../mine", "checkout", "file"):
+    for wrong in ("mine", "no/../mine", "file"):
         with pytest.raises(MoneEdgeError, match="left alone"):
             source.export_tree(tree, tmp_path / wrong, force=True)
-        assert (tmp_path / wrong.removeprefix("no/../")).exists()
+        assert (tmp_path / "file").exists() and (tmp_path / "mine" / "src" / "patch").exists()
+
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(source.tarfile.TarFile, "add", stopped)
+    monkeypatch.setattr(source.shutil, "copytree", stopped)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(KeyboardInterrupt):
+        source.export_tree(tree, tmp_path / "deep" / "er" / name, force=False)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
