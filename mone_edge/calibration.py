@@ -32,6 +32,7 @@ HEADROOM = 4  # tokens read, as a multiple of the tokens wanted
 MAX_CHARACTERS_PER_TOKEN = 8
 MIN_SEQ_LEN = 16
 MOST = 1 << 20  # sequences, or tokens of one; so that no product of both overflows
+MOST_WEIGHT = 1e6
 ROUNDING = 1e-9  # so that a whole number of sequences is not one less in floating point
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 TEXT_COLUMNS = ("text", "content")
@@ -172,6 +173,8 @@ def split_weight(spec: str) -> tuple[str, float]:
         return spec, 1.0
     if not (weight := float(match["weight"])):
         raise UsageError(f"--data {spec}: a source of weight 0 is not read; leave it out")
+    if not 1 / MOST_WEIGHT <= weight <= MOST_WEIGHT:
+        raise UsageError(f"--data {spec[:80]}: weights are from 1e-6 to 1e6")
     return match["spec"], weight
 
 
@@ -318,11 +321,9 @@ def _record_text(record: Any, tokenizer: Tokenizer, where: str) -> str:
 
 
 def _chat_text(messages: list[Any], tokenizer: Tokenizer, where: str) -> str:
-    from jinja2 import TemplateError
-
     try:
         text = tokenizer.chat(messages)
-    except (TemplateError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except Exception as error:  # a template is a program, and may fail like one
         raise MoneEdgeError(
             f"{where}: the chat template refuses these messages: {reason(error)}"
         ) from error

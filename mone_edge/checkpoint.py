@@ -34,7 +34,13 @@ from mone_edge.config import EXPERT_COUNT_KEYS, NESTED_KEY
 from mone_edge.errors import MoneEdgeError
 from mone_edge.low_rank import LowRankNovices
 from mone_edge.merged_checkpoint import MergedLayer
-from mone_edge.paths import exists, real
+from mone_edge.paths import (
+    existing_folder,
+    exists,
+    parent_folder,
+    real,
+    require_writable_folder,
+)
 from mone_edge.plan import PrunePlan
 from mone_edge.recipe import MEASURED, low_rank
 from mone_edge.safetensors_file import SHARD_BYTES, Entry, is_written, write_shards
@@ -117,19 +123,22 @@ def prune_checkpoint(
         raise MoneEdgeError("novices come from statistics: give them with --stats")
     entries = _entries(source, plan, stats, fitted)
     config = _config(source, plan, fitted)
-    _require_space(folder.parent, sum(entry.size for entry in entries))
-    scratch = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    place = real(folder)  # not a link to it, and with a name
+    _require_space(existing_folder(place), sum(entry.size for entry in entries))
+    scratch = place.with_name(f".{place.name}.{os.getpid()}.tmp")
     try:
-        scratch.mkdir()
-        _copy_files(source.path, scratch)
-        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-        (scratch / "config.json").write_text(text, encoding="utf-8")
-        write_shards(scratch, entries, shard_bytes=shard_bytes, progress=progress)
-        _publish(scratch, folder)
+        with parent_folder(place):
+            try:
+                scratch.mkdir()
+                _copy_files(source.path, scratch)
+                text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+                (scratch / "config.json").write_text(text, encoding="utf-8")
+                write_shards(scratch, entries, shard_bytes=shard_bytes, progress=progress)
+                _publish(scratch, place)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:
         raise MoneEdgeError(f"cannot write {folder}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return Written(
         folder,
         sum(entry.size for entry in entries),
@@ -151,14 +160,9 @@ def require_target(
         MoneEdgeError: it is the model itself, a file, there already, holds an input, or holds
             anything else than a checkpoint of this model would.
     """
-    if there := exists(real(folder)):
+    if exists(real(folder)):
         _require_replaceable(source, folder, force, inputs)
-    try:
-        if not there:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MoneEdgeError(f"cannot write in {folder.parent}: {error.strerror}") from error
+    require_writable_folder(existing_folder(real(folder)))
 
 
 def _require_replaceable(

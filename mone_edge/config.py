@@ -99,8 +99,9 @@ def check_shapes(
         MoneEdgeError: experts, layers, vocabulary or width differ.
     """
     experts, layers = count(config, EXPERT_COUNT_KEYS), count(config, LAYER_COUNT_KEYS)
-    found_experts = found_layers = 0
+    found_experts = found_layers = tensors = 0
     for name, shape in shapes:
+        tensors += 1
         if match := EXPERT.search(name):
             found_experts = max(found_experts, int(match[1]) + 1)
         elif FUSED_EXPERTS.search(name) and len(shape) == 3:
@@ -115,6 +116,8 @@ def check_shapes(
         )
     if found_layers and layers > found_layers:  # more are those that predict further tokens
         raise MoneEdgeError(f"{path} says {layers} layers, the weights are of {found_layers}")
+    if layers > tensors:
+        raise MoneEdgeError(f"{path} says {layers} layers, and there are {tensors} tensors")
 
 
 def _check_embedding(

@@ -5,6 +5,7 @@ In: models (a GGUF, a Hugging Face folder or hub id, `demo`), a text file, task 
 opens the models and puts the numbers together.
 """
 
+import glob
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -28,7 +29,7 @@ from mone_edge.scoring import (
     score_text,
     silent,
 )
-from mone_edge.tasks import TaskItem, TaskScore, averages, read_items, score_items
+from mone_edge.tasks import TaskItem, TaskScore, averages, first_of_each, read_items, score_items
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def evaluate(
         raise UsageError("--kld-base compares models on a text: add --ppl FILE")
     questions = Questions(
         read_text(text) if text else None,
-        tuple(item for path in tasks for item in read_items(path, limit)),
+        tuple(first_of_each((i for path in tasks for i in read_items(path, limit)), limit)),
         str(kld_base) if kld_base is not None else None,
         n_ctx,
         max_chunks,
@@ -190,7 +191,8 @@ def file_bytes(path: Path) -> int:
     if path.is_dir():
         return sum(file.stat().st_size for file in path.glob("*.safetensors"))
     stem, found, rest = path.name.rpartition("-00001-of-")
-    parts = path.parent.glob(f"{stem}-*-of-{rest}") if found else [path]
+    pattern = f"{glob.escape(stem)}-*-of-{glob.escape(rest)}"
+    parts = path.parent.glob(pattern) if found else [path]
     return sum(part.stat().st_size for part in parts)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from mone_edge.documents import reason
 from mone_edge.errors import MoneEdgeError
 from mone_edge.llama import LogTail, check_gguf, listen
 from mone_edge.machine import cores
@@ -67,6 +68,8 @@ class Generator:
         seed: int = 42,
     ) -> None:
         check_gguf(path)
+        from jinja2 import TemplateError
+
         from mone_edge import runtime
         from mone_edge.probe import require_loadable
 
@@ -90,6 +93,10 @@ class Generator:
             )
         except ValueError as error:
             raise MoneEdgeError(f"llama.cpp cannot load {path}: {log.reason()}") from error
+        except TemplateError as error:
+            raise MoneEdgeError(
+                f"{path} has a damaged chat template: {reason(error)}; convert the model again"
+            ) from error
         self._llama._n_ctx = n_ctx  # not what llama.cpp rounds it up to
 
     def __enter__(self) -> Self:
@@ -141,6 +148,11 @@ class Generator:
                 temperature=temperature,
                 stream=True,
             )
+        except Exception as error:  # a template is a program, and may fail like one
+            raise MoneEdgeError(
+                f"the chat template of {self._path} fails: {reason(error)}; leave --chat out"
+            ) from error
+        try:
             for event in events:
                 yield str(event["choices"][0]["delta"].get("content") or "")
         except ValueError as error:

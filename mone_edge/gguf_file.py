@@ -170,6 +170,10 @@ def open_source(name: str, path: Path) -> GgufSource:
             "or demo"
         )
     source = GgufSource(name, path, parts(path))
+    if source.num_layers > len(source.tensors):
+        raise MoneEdgeError(
+            f"{name} says {source.num_layers} blocks, and has {len(source.tensors)} tensors"
+        )
     if not source.num_experts:
         raise MoneEdgeError(
             f"{name} ({source.architecture}) is a dense model: its header has no "

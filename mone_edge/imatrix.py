@@ -113,7 +113,8 @@ def require_fit(imatrix: Imatrix, model: ModelFile, name: str) -> None:
     shared = imatrix.keys() & model.tensors.keys()
     for tensor in sorted(shared):
         wanted, got = model.tensors[tensor].shape, imatrix[tensor].shape
-        if got not in (wanted[-1:], (wanted[0], wanted[-1])):
+        rows = (wanted[0], wanted[-1]) if len(wanted) == 3 else wanted[-1:]
+        if got not in (wanted[-1:], rows):
             raise MoneEdgeError(
                 f"--imatrix {name} is of another model: {tensor} is "
                 f"{' x '.join(map(str, wanted))} here, its row there {' x '.join(map(str, got))}"

@@ -13,7 +13,7 @@ def cache_dir() -> Path:
     """The user's cache folder of this project (`$MONE_EDGE_CACHE`, else the XDG cache folder)."""
     override = os.environ.get("MONE_EDGE_CACHE")
     if override:
-        return Path(override).expanduser()
+        return expand(override).absolute()
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "mone-edge"
 
@@ -93,6 +93,15 @@ def require_writable(target: Path, *, force: bool, inputs: Iterable[Path] = ()) 
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error)
         raise MoneEdgeError(f"cannot write {str(target)[:80]!r}: {why}") from error
+    require_writable_folder(folder)
+
+
+def require_writable_folder(folder: Path) -> None:
+    """Refuse a folder in which no file can be made.
+
+    Raises:
+        MoneEdgeError: with the system's reason.
+    """
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass

@@ -69,6 +69,11 @@ def read_novices(source: Checkpoint, plan: PrunePlan) -> ExpertStats:
             raise MoneEdgeError(f"{source.name}: layer {layer} has no novice for {missing[0]}")
         vectors = {e: _values(refs[layer, e]) for e in plan.pruned(layer)}
         width = max((v.size for v in vectors.values()), default=1)
+        if odd := next((e for e, v in vectors.items() if v.shape != (width,)), None):
+            raise MoneEdgeError(
+                f"{source.name}: layer {layer}, the novice of expert {odd} has shape "
+                f"{list(vectors[odd].shape)}, others {width}"
+            )
         layers[layer] = empty_layer(total, width, 1, top_k=plan.top_k)
         for expert, vector in vectors.items():
             layers[layer].output_mean[expert] = vector

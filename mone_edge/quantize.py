@@ -196,6 +196,10 @@ def _write_header_only(model: ModelFile, path: Path) -> None:
         _write_header(model, path)
     except (struct.error, ValueError, TypeError) as error:
         raise MoneEdgeError(f"config.json holds a number that no GGUF can: {error}") from error
+    except OSError as error:  # the hole counts where file sizes are limited
+        raise MoneEdgeError(
+            f"cannot write {path}: {error.strerror}; set TMPDIR to a folder that takes large files"
+        ) from error
 
 
 def _write_header(model: ModelFile, path: Path) -> None:

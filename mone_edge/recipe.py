@@ -25,6 +25,7 @@ NOVICE_ERROR = "novice-error"  # the method whose experts the fit of their novic
 DEK, M_SMOE, HC_SMOE = MERGING = ("dek", "m-smoe", "hc-smoe")  # methods that group experts
 DEFAULT_METHOD = "joint"  # needs statistics only, and none of those was clearly better
 MEASURED = ("mean", "gate2-mean")  # replacements whose vectors come from statistics
+MOST = 1 << 63  # numbers of a recipe are below
 LOW_RANK = re.compile(r"rank(?:-([1-9]\d{0,3}))?")
 
 
@@ -136,7 +137,7 @@ def load(path: Path) -> dict[str, Any]:
         document = yaml.load(path.read_text(encoding="utf-8"), _loader())
     except OSError as error:
         raise UsageError(f"cannot read recipe {path}: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError, TypeError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise UsageError(f"{path} is not YAML: {reason(error)}") from error
     except RecursionError as error:
         raise UsageError(f"{path} is not a recipe: nested too deeply") from error
@@ -198,10 +199,11 @@ def _loader() -> Any:
             return super().compose_node(parent, index)
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            names = [key.value for key, _ in node.value]
-            twice = next((name for name in names if names.count(name) > 1), None)
-            if twice is not None:
-                raise yaml.YAMLError(f"{twice} occurs twice")
+            seen: set[str] = set()
+            for key, _ in node.value:
+                if str(key.value) in seen:
+                    raise yaml.YAMLError(f"{key.value} occurs twice")
+                seen.add(str(key.value))
             return super().construct_mapping(node, deep)
 
     return RecipeLoader
@@ -225,6 +227,8 @@ def _require_types(where: str, given: dict[str, Any], kind: Any, prefix: str = "
             wanted = (list, tuple)
         if field.name == "protect" and isinstance(value, str):
             continue
+        if isinstance(value, int) and abs(value) >= MOST:
+            raise UsageError(f"{where}: {prefix}{field.name} is too large a number")
         if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
             raise UsageError(f"{where}: {prefix}{field.name} cannot be {reprlib.repr(value)}")
         if wanted == (list, tuple):

@@ -25,6 +25,7 @@ SUFFIXES = (".gguf", ".json", ".safetensors")
 ROUTER = "blk.{}.ffn_gate_inp.weight"
 BENCH_KEY = "tokens_per_second"
 NOTHING = "-"
+DRAWN = 50  # models; a figure of more shows nothing
 LARGEST = sys.float_info.max  # a whole number of a JSON file may be larger
 
 Document = Mapping[str, Any]
@@ -195,7 +196,14 @@ def _add_measurements(models: dict[str, ModelResults], document: Any) -> None:
         else:
             found.eval |= scores
             if isinstance(tasks, dict):
-                found.eval["tasks"] = tasks
+                found.eval["tasks"] = {_text(name): _score(s) for name, s in tasks.items()}
+
+
+def _score(score: Any) -> Any:
+    """What is a number of a task's result, or of an average."""
+    if isinstance(score, dict):
+        return {str(key): value for key, value in score.items() if _number(value)}
+    return score if _number(score) else {}
 
 
 def _number(value: Any) -> bool:
@@ -285,20 +293,21 @@ def _accuracy(score: Any) -> str:
 
 
 def figures(results: Results) -> dict[str, str]:
-    """Title -> SVG, of what there is something to draw of."""
+    """Title -> SVG, of what there is something to draw of; of the largest models, if many."""
     made = {}
-    apart = [m for m in results.models if m.file_bytes and _number(m.eval.get("kld_mean"))]
+    models = results.models[:DRAWN]
+    apart = [m for m in models if m.file_bytes and _number(m.eval.get("kld_mean"))]
     if apart:
         made["What the bytes buy"] = plots.quality_and_size(
             [(m.name, m.file_bytes or 0, m.eval["kld_mean"]) for m in apart]
         )
-    timed = [m for m in results.models if m.speeds]
+    timed = [m for m in models if m.speeds]
     if timed:
         made["Speed on this machine"] = plots.speeds(
             {m.name: {t: _speed(row) for t, row in m.speeds.items()}
              for m in timed}
         )  # fmt: skip
-    uneven = {m.name: m.kept for m in results.models if len(set(m.kept)) > 1}
+    uneven = {m.name: m.kept for m in models if len(set(m.kept)) > 1}
     if uneven:
         made["Experts kept in each layer"] = plots.kept_experts(uneven)
     for name, stats in results.statistics.items():

@@ -13,6 +13,7 @@ from mone_edge.errors import MoneEdgeError
 from mone_edge.paths import is_file
 
 MAX_HEADER_BYTES = 100_000_000  # what safetensors itself accepts
+MAX_AXES = 8  # of a tensor
 ITEM_BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
     **dict.fromkeys(("F32", "I32", "U32"), 32),
@@ -130,6 +131,8 @@ def read_header(file: Path) -> dict[str, TensorRef]:
 def _reference(file: Path, data_start: int, entry: Any) -> TensorRef:
     """One entry of a header; ValueError and the like where it contradicts itself."""
     dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if len(shape) > MAX_AXES:
+        raise ValueError(f"{len(shape)} axes")
     numbers = (*shape, begin, end)
     if any(type(number) is not int or number < 0 for number in numbers) or begin > end:
         raise ValueError(f"shape {shape}, offsets {begin} to {end}")

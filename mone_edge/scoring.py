@@ -24,6 +24,7 @@ Float = NDArray[np.float64]
 Progress = Callable[[str, int, int], None]  # what, done, total
 
 N_CTX = 512  # tokens per chunk of text
+LARGEST_LOSS = 700.0  # nats a token, whose exponential is a number
 ROWS_AT_ONCE = 64  # of [positions, vocabulary]: bounds the temporaries of a large vocabulary
 
 
@@ -210,6 +211,10 @@ def score_text(
             same.append(scores.argmax(axis=1) == base_scores.argmax(axis=1))
         progress("text", number + 1, len(chunks))
     mean, stderr = mean_and_stderr(np.concatenate(nll))
+    if mean > LARGEST_LOSS:
+        raise MoneEdgeError(
+            f"the model's perplexity is e^{mean:.3g}, which is no number: its weights are damaged"
+        )
     ppl = math.exp(mean)
     score = TextScore(ppl, ppl * stderr, sum(map(len, nll)), len(chunks), n_ctx)
     if not base:

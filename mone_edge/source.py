@@ -258,8 +258,15 @@ class Checkpoint(Source):
         else:
             found = self.text_config.get("approximate_experts")
         if isinstance(found, list):
-            return {str(layer): ids for layer, ids in enumerate(found)}
-        return found if isinstance(found, dict) else {}
+            found = {str(layer): ids for layer, ids in enumerate(found)}
+        found = found if isinstance(found, dict) else {}
+        for layer, ids in found.items():
+            if not isinstance(ids, list) or any(type(i) is not int for i in ids):
+                raise MoneEdgeError(
+                    f"{self.path / 'config.json'}: the pruned experts of layer {layer} are no list "
+                    "of numbers"
+                )
+        return found
 
     @property
     def base_fingerprint(self) -> str:

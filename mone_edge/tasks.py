@@ -6,7 +6,7 @@ Out: accuracy per task, by log-likelihood (`acc`) and by log-likelihood per byte
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,18 +64,20 @@ def read_items(path: Path, limit: int | None = None) -> list[TaskItem]:
         raise MoneEdgeError(f"cannot read task file {path}: {error.strerror}") from error
     except ValueError as error:
         raise MoneEdgeError(f"cannot read task file {path}: {reason(error)}") from error
-    items: list[TaskItem] = []
-    seen: Counter[str] = Counter()
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        item = _parse(line, f"{path}:{number}")
-        seen[item.task] += 1
-        if limit is None or seen[item.task] <= limit:
-            items.append(item)
+    numbered = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+    items = list(first_of_each((_parse(line, f"{path}:{n}") for n, line in numbered), limit))
     if not items:
         raise MoneEdgeError(f"{path} holds no task items")
     return items
+
+
+def first_of_each(items: Iterable[TaskItem], limit: int | None) -> Iterator[TaskItem]:
+    """The first `limit` items of each task, all for None; whichever files they are of."""
+    seen: Counter[str] = Counter()
+    for item in items:
+        seen[item.task] += 1
+        if limit is None or seen[item.task] <= limit:
+            yield item
 
 
 def _parse(line: str, where: str) -> TaskItem:

@@ -182,7 +182,7 @@ def test_weights_that_are_no_numbers(
     content[offset : offset + 4] = struct.pack("<f", float(value))
     file.write_bytes(content)
     convert = [outtype if argument == "Q8_0" else argument for argument in CONVERT]
-    refuses(*convert, "--prune-ratio", "0", told="the checkpoint is damaged")
+    refuses(*convert, "--prune-ratio", "0", told="the model is damaged")
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,7 @@ def test_every_command_takes_what_is_taken_everywhere(
         ((*CONVERT, "-o", "notes.md"), "ends in .gguf"),
         (("stats", "model", "--data", "text.txt", "--device", "cuda:9"), "--device cuda:9"),
         (("stats", "model", "--samples", "0"), "0 is not in the range"),
+        (("stats", "model", "--data", "text.txt@" + "9" * 30), "weights are from 1e-6 to 1e6"),
         (("stats", "model", "--samples", "9" * 12), "--samples 999999999999"),
         (("stats", "model", "--seq-len", "9" * 30), "--seq-len 999999"),
         (("stats", "model", "-t", "5000"), "5000 is not in the range"),
@@ -136,6 +137,9 @@ def test_wrong_usage(
         ("scope: all", "no scope all"),
         ("calibration: {seed: -1}", "calibration.seed is -1"),
         ("seed: 1\nseed: 2", "seed occurs twice"),
+        ("protect_super: !!bool maybe", "is not YAML"),
+        ("calibration: {seed: !!int ''}", "is not YAML"),
+        ("prune_ratio: 0x" + "F" * 5000, "prune_ratio is too large a number"),
         ("a: &a [x]\nb: [*a, *a]", "aliases (*name) are not allowed"),
         ("[" * 5000, "nested too deeply"),
         ("- 1", "it holds no options"),
@@ -309,6 +313,16 @@ def test_a_folder_that_holds_anything_else_is_not_replaced(
     inside = ("prune", "model", "--plan", "made/config.json.plan", "-o", "new/../made")
     refuses(*inside, "--force", told="new/../made holds made/config.json.plan, an input")
     refuses(*prune[:-1], ".", "--force", told=". holds")
+    (workspace / "made" / "config.json.plan").unlink()
+    (workspace / "elsewhere").mkdir()
+    (workspace / "made").rename(workspace / "elsewhere" / "made")
+    (workspace / "made").symlink_to("elsewhere/made")
+    assert run([*prune, "--force"]) == 0
+    assert (workspace / "made").is_symlink()
+    assert [path.name for path in (workspace / "elsewhere").iterdir()] == ["made"]
+    other = json.loads((workspace / "p.json").read_text()) | {"fingerprint": "0" * 64}
+    (workspace / "other.json").write_text(json.dumps(other))
+    refuses("prune", "model", "--plan", "other.json", "-o", "new/deep/out", told="the plan is of")
 
 
 def test_what_stands_beside_an_output_is_not_replaced(

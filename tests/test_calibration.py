@@ -1,6 +1,7 @@
 """Calibration: sources, packing, determinism, refusals."""
 
 import builtins
+import copy
 import json
 import sys
 import types
@@ -61,6 +62,16 @@ def test_jsonl_and_chats(tokenizer: Any, tmp_path: Path) -> None:
     batches = load([str(path)], tokenizer, samples=1, seq_len=512)
     rendered = tokenizer.decode(batches.tokens[0])
     assert rendered == "The miller</s>[user] Who crosses?\n[assistant] All.\n"
+
+
+@pytest.mark.parametrize("template", ["{{ 1 // 0 }}", "{% if %}", "{{ messages[0].x.y }}"])
+def test_a_template_that_fails_is_told(template: str, tokenizer: Any, tmp_path: Path) -> None:
+    broken = copy.deepcopy(tokenizer)
+    broken.chat_template = template
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "x"}]}))
+    with pytest.raises(MoneEdgeError, match="line 1: the chat template refuses these messages"):
+        load([str(path)], broken)
 
 
 def test_several_sources_share_the_samples(tokenizer: Any, text: str, tmp_path: Path) -> None:

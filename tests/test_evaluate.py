@@ -23,7 +23,7 @@ from mone_edge.plan import make_plan
 from mone_edge.recipe import Recipe
 from mone_edge.scoring import chunk_ids, kl_divergence, log_softmax, score_text
 from mone_edge.source import resolve
-from mone_edge.tasks import TaskItem, log_likelihoods, read_items, score_items
+from mone_edge.tasks import TaskItem, first_of_each, log_likelihoods, read_items, score_items
 from tests import architectures, tiny
 from tests.conftest import Calibrated
 
@@ -360,6 +360,12 @@ def test_malformed_lines_are_named(tmp_path: Path, line: str, fault: str) -> Non
     with pytest.raises(MoneEdgeError, match=re.escape(fault)) as caught:
         read_items(path)
     assert str(caught.value).startswith(f"{path}:3: ")
+
+
+def test_the_limit_is_of_a_task_whatever_its_files(tmp_path: Path) -> None:
+    items = [TaskItem(task, "c", ("a", "b"), 0) for task in "abaab"]
+    assert [i.task for i in first_of_each(items, 2)] == ["a", "b", "a", "b"]
+    assert list(first_of_each(items, None)) == items
 
 
 def test_nothing_to_measure_is_wrong_usage(tmp_path: Path) -> None:

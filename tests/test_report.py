@@ -134,6 +134,15 @@ def test_names_are_text_and_nothing_else(folder: Path) -> None:
     assert "\N{CJK UNIFIED IDEOGRAPH-6A21}?&lt;script&gt;alert(1)&lt;br&gt;$\\frac{$.gguf" in page
 
 
+def test_values_that_are_no_numbers_are_left_out(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    scores = '{"t": {"acc": NaN, "acc_norm": 0.25}, "\\ud800": {"acc": 0.5}, "u": "x"}'
+    (tmp_path / "e.json").write_text(f'[{{"model": "m.gguf", "ppl": 3.0, "tasks": {scores}}}]')
+    assert run(["report", str(tmp_path), "--json"]) == 0
+    assert "NaN" not in capfd.readouterr().out
+
+
 def test_the_parts_of_a_split_file_are_one_model(folder: Path, tmp_path: Path) -> None:
     (whole,) = report.gather(folder).models
     split = tmp_path / "split"
@@ -143,6 +152,9 @@ def test_the_parts_of_a_split_file_are_one_model(folder: Path, tmp_path: Path) -
     source = str(folder / "small.gguf")
     subprocess.run([tool, *options, source, str(split / "x")], check=True, capture_output=True)
     parts = sorted(split.iterdir())
+    second = parts[1].read_bytes()
+    assert run(["report", str(split), "--html", str(parts[1]), "--force"]) == 1
+    assert parts[1].read_bytes() == second
     assert len(parts) > 2
     (found,) = report.gather(split).models
     assert found.name == parts[0].name

@@ -134,6 +134,10 @@ def command(
         console.info(f"{model} is pruned already; quantising without an importance matrix")
         chosen = dataclasses.replace(chosen, imatrix="none")
     if plan:
+        for name in (n for n in PLAN_FIELDS if _given(ctx, n) and not inside):
+            console.warn(
+                f"--{name.replace('_', '-')} is what the plan says; what is given is unused"
+            )
         chosen = dataclasses.replace(chosen, **plan_fields(plan))
     outfiles = _outfiles(source, chosen, outfile)
     pretrained = None
@@ -204,8 +208,7 @@ def _recipe(
     saved = recipes.load(file) if file else {}
 
     def value(name: str) -> Any:
-        given = ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
-        chosen = options[name] if given or saved.get(name) is None else saved[name]
+        chosen = options[name] if _given(ctx, name) or saved.get(name) is None else saved[name]
         is_list = name in ("outtype", "tensor_type")
         return (
             tuple([chosen] if is_list and isinstance(chosen, str) else chosen)
@@ -216,9 +219,7 @@ def _recipe(
     calibration = chosen_calibration(ctx, measured, saved.get("calibration"))
     names = [f.name for f in dataclasses.fields(recipes.Recipe)]
     fields = {n: value(n) for n in names if n in options and n != "protect"}
-    if source.keeps_types and ParameterSource.COMMANDLINE is not ctx.get_parameter_source(
-        "outtype"
-    ):
+    if source.keeps_types and not _given(ctx, "outtype"):
         fields["outtype"] = tuple(saved.get("outtype") or (KEEP,))
     fields["replacement"] = fields["replacement"] or recipes.default_replacement(fields["method"])
     protect = value("protect")
@@ -227,6 +228,10 @@ def _recipe(
     return recipes.Recipe(
         model=source.name, protect=tuple(protect), calibration=calibration, **fields
     )
+
+
+def _given(ctx: click.Context, name: str) -> bool:
+    return ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
 
 
 def arguments(**files: Path | None) -> list[str]:
@@ -238,7 +243,7 @@ def _plan_inside(ctx: click.Context, source: "Checkpoint", plan_file: Path | Non
     """The plan of a pruned checkpoint; no other can be carried out on it."""
     from mone_edge import pruned_checkpoint
 
-    given = [n for n in PLAN_FIELDS if ctx.get_parameter_source(n) is ParameterSource.COMMANDLINE]
+    given = [name for name in PLAN_FIELDS if _given(ctx, name)]
     if plan_file or given:
         option = "plan" if plan_file else given[0].replace("_", "-")
         raise UsageError(

@@ -30,7 +30,8 @@ def command(console: Console, run_dir: Path, html: Path | None, force: bool) -> 
 
     results = report.gather(run_dir)
     html = html or run_dir / "report.html"
-    require_writable(html, force=force, inputs=report.files(run_dir))
+    inputs = (path for path in run_dir.iterdir() if path.suffix in report.SUFFIXES)
+    require_writable(html, force=force, inputs=inputs)
     for name, why in results.ignored.items():
         console.warn(f"left out {name}: {why}")
     report.write(results, html)

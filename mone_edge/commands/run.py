@@ -54,7 +54,7 @@ def command(
     mone-edge run model.gguf --chat
     """
     if prompt == "-":
-        prompt = sys.stdin.read()
+        prompt = sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
     talk = chat and prompt is None and sys.stdin.isatty() and not console.as_json
     if not prompt and not talk:
         raise UsageError("no prompt: give -p TEXT, or --chat on a terminal to talk")
