@@ -349,7 +349,8 @@ def table(results: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     whole = sum(all_through(cells) for cells in results.values())
     fitted = sum(works(cells.get("low_rank", {})) for cells in results.values())
     stages = [stage for stage in STAGES if stage != "plan"]
-    counts = {"models": len(results), "whole": whole, "fitted": fitted}
+    kinds = {name.partition(" ")[0] for name in results}  # "deepseek_v3 (groups)" is one more
+    counts = {"models": len(results), "architectures": len(kinds), "whole": whole, "fitted": fitted}
     lines = [INTRODUCTION.format(**counts, tolerance=TOLERANCE)]
     lines += ["| | " + " | ".join(STAGES[stage][0] for stage in stages) + " |"]
     lines += ["|---" * (len(stages) + 1) + "|"]
@@ -372,11 +373,12 @@ model that goes through all stages. Remade by
 
     python -m benchmarks.architectures
 
-{whole} of {models} pass them all with constants in place of experts, {fitted} with low-rank
-novices. A number is the largest deviation of logits over their range (128 tokens, F32 on both
-sides; {tolerance:.0e} is the limit), of the statistics by llama.cpp the largest deviation of
-counts, gate sums and means over the largest of them; 0 means byte for byte the same. In brackets:
-the reason below.
+{whole} of these {models} models ({architectures} architectures, one of them twice) pass all
+stages with constants in place of experts, but for the last, which is not counted; {fitted} with
+low-rank novices. A number is the largest deviation of logits over their range (128 tokens, F32
+on both sides; {tolerance:.0e} is the limit), of the statistics by llama.cpp the largest deviation
+of counts, gate sums and means over the largest of them; 0 means byte for byte the same. In
+brackets: the reason below.
 
 - **statistics**: logits of the model while it is measured, against transformers' own
 - **pruned checkpoint**: written by keys, reloaded by `from_pretrained`, against novices in memory;

@@ -42,7 +42,7 @@ perplexity {ppl:.2f} ± {ppl_stderr:.2f} (before: {ppl_base:.2f}).
 """
 SKIPS = """
 
-The patched llama.cpp runs no expert whose gate weight is below {share:g} of the token's largest;
+The patched llama.cpp runs no expert of a gate weight up to {share:g} of the token's largest;
 another runs all that the router selects."""
 
 

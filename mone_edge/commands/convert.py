@@ -55,7 +55,7 @@ SIZE = re.compile(r"(\d+)([KMG]?)", re.I)
 @click.option("--recipe", type=click.Path(path_type=Path), help="Options from a YAML file.")
 @click.option(
     "--skip-threshold", type=FiniteRange(0, 1, max_open=True), default=0.0, metavar="BETA",
-    help="Run no expert whose gate weight is below this share of the token's largest; 0: all run.",
+    help="Run no expert of a gate weight up to this share of the token's largest; 0: all run.",
 )  # fmt: skip
 @click.option("--imatrix", default="auto", show_default=True, metavar="auto|none|FILE")
 @click.option("--tensor-type", multiple=True, metavar="RE=TYPE", help="As llama-quantize's.")
@@ -289,7 +289,7 @@ def _skipping_lost(source: "Source", recipe: "Recipe") -> str:
     if not has or recipe.skip_threshold:
         return ""
     return (
-        f"{source.name} skips experts below {has:.3g} of the largest gate weight; the result runs "
+        f"{source.name} skips experts up to {has:.3g} of the largest gate weight; the result runs "
         f"them all, but with --skip-threshold {has:.3g}"
     )
 
