@@ -6,12 +6,12 @@ on a random model shaped like four layers of OLMoE at half its width. Not a test
 numbers are the machine's.
 """
 
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+import click
 import numpy as np
 
 from mone_edge import calibration, convert, pipeline
@@ -115,7 +115,15 @@ def _slice(path: Path, folder: Path) -> None:
     print(f"  {source.size / 1e6:.0f} MB in, {made.bytes / 1e6:.0f} MB out: {seconds:.2f} s")
 
 
-if __name__ == "__main__":
+@click.command(help=__doc__)
+@click.argument("what", type=click.Choice(["drift", "speed"]))
+def main(what: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        commands: dict[str, Callable[[Path], None]] = {"drift": drift, "speed": speed}
-        commands[sys.argv[1]](Path(scratch))
+        if what == "drift":
+            drift(Path(scratch))
+        else:
+            speed(Path(scratch))
+
+
+if __name__ == "__main__":
+    main()

@@ -26,6 +26,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import click
+
 from mone_edge import demo, runtime
 
 LAYERS, WIDTH, INNER, EXPERTS, TOP_K, VOCAB = 16, 2048, 1024, 64, 8, 50304
@@ -279,20 +281,22 @@ def _table(runs: list[Run]) -> None:
         )
 
 
-def main(action: str, folder: str, rounds: str = "3", quantizer: str = "") -> None:
-    place = Path(folder)
+@click.command(help=__doc__)
+@click.argument("action", type=click.Choice(["make", "stats", "convert", "compare"]))
+@click.argument("place", metavar="FOLDER", type=click.Path(path_type=Path))
+@click.argument("rounds", default=3)
+@click.argument("quantizer", metavar="LLAMA_QUANTIZE", default="")
+def main(action: str, place: Path, rounds: int, quantizer: str) -> None:
     place.mkdir(parents=True, exist_ok=True)
     if action == "make":
         make(place)
     elif action == "stats":
         stats(place)
     elif action == "convert":
-        convert(place, int(rounds), quantizer)
-    elif action == "compare":
-        compare(place)
+        convert(place, rounds, quantizer)
     else:
-        sys.exit(__doc__)
+        compare(place)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

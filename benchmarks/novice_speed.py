@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
+
 from tests.tiny import TEXT, make_checkpoint
 
 SHAPE = {"layers": 16, "experts": 64, "top_k": 8, "hidden": 1024, "inner": 512}
@@ -22,6 +24,9 @@ def mone_edge(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "mone_edge", *arguments], check=True)
 
 
+@click.command(help=__doc__)
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("outtype", default="Q4_0")
 def main(folder: Path, outtype: str) -> None:
     """Make what is missing, then measure."""
     model, text, stats = folder / "olmoe-half", folder / "text.txt", folder / "stats.safetensors"
@@ -45,4 +50,4 @@ def main(folder: Path, outtype: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else "Q4_0")
+    main()

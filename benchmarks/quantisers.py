@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import click
 import numpy as np
 
 from mone_edge import runtime
@@ -30,6 +31,7 @@ def least(*calls: Callable[[], object]) -> list[float]:
     return [min(found) for found in times]
 
 
+@click.command(help=__doc__)
 def main() -> None:
     rng = np.random.default_rng(0)
     x = rng.standard_normal(SHAPE).astype(np.float32)

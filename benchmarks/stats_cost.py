@@ -8,11 +8,11 @@ Not a test: minutes, and the numbers are the machine's.
 """
 
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
+import click
 import numpy as np
 import torch
 
@@ -71,6 +71,8 @@ def timed(work: Callable[[], None]) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
+@click.command(help=__doc__)
+@click.argument("rounds", default=7)
 def main(rounds: int) -> None:
     model = random_model()
     generator = np.random.default_rng(0)
@@ -98,4 +100,4 @@ def main(rounds: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 7)
+    main()
