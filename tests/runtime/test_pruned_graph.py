@@ -1,5 +1,6 @@
 """Pruned files against whole files with zeroed experts: the difference must be exactly 0."""
 
+import os
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
@@ -298,6 +299,83 @@ def test_graph_for_devices_that_do_not_skip(
     stock = tiny.logits(llama, path, RUNS)
     for a, b in zip(skipping, stock, strict=True):
         assert np.abs(a - b).max() <= STOCK_TOLERANCE[quant] * (a.max() - a.min())
+
+
+@pytest.mark.parametrize(
+    ("shape", "kept", "rank"), [((16, 64, 8), 32, 16), ((24, 64, 16), 0, 0)], ids=str
+)
+@pytest.mark.parametrize("disable", ["", "1"])
+def test_many_layers_have_room_in_the_graph(
+    llama: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, int, int],
+    kept: int,
+    rank: int,
+    disable: str,
+) -> None:
+    """More nodes than the 1024 that the graph of a small model may have; without room for them
+    llama.cpp aborts."""
+    for name, value in zip(("N_LAYERS", "N_EXPERTS", "TOP_K"), shape, strict=True):
+        monkeypatch.setattr(tiny, name, value)
+    if disable:
+        monkeypatch.setenv("LLAMA_MOE_SKIP_DISABLE", disable)
+    counts = [kept] * shape[0]
+    model = tiny.pruned(tiny.random_model("olmoe", n_embd=32, n_ff=32), counts)
+    model = tiny.with_novices(model, counts, [rank] * shape[0])
+    layers = range(shape[0])
+    path = tiny.write(tmp_path / "m.gguf", model, kept=counts, bias_layers=layers)
+    (found,) = tiny.logits(llama, path, [(9, 1)])
+    assert np.isfinite(found).all()
+
+
+def test_experts_that_were_not_selected_make_nothing_of_a_token(
+    llama: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that fill up a selection of the stock graph overflow here, and weigh nothing."""
+    kept = [4] * tiny.N_LAYERS
+    model = tiny.pruned(tiny.random_model("qwen3moe"), kept)
+    finite = []
+    for expert in range(4):
+        tensors = dict(model.tensors)
+        name = f"blk.{tiny.N_LAYERS - 1}.ffn_down_exps.weight"
+        tensors[name] = tensors[name].copy()
+        tensors[name][expert] = 3e38
+        path = tiny.write(tmp_path / f"{expert}.gguf", replace(model, tensors=tensors), kept=kept)
+        for disable in ("0", "1"):
+            monkeypatch.setenv("LLAMA_MOE_SKIP_DISABLE", disable)
+            finite.append(bool(np.isfinite(tiny.logits(llama, path, [(1, 1)])[0]).all()))
+    assert finite[::2] == finite[1::2]
+    assert set(finite) == {True, False}
+
+
+@pytest.mark.parametrize("part", ["ffn_gate_inp", "ffn_down_exps"])
+def test_adapters_of_experts_in_another_order_are_refused(
+    llama: ModuleType, tmp_path: Path, part: str
+) -> None:
+    """Also of the router, whose rows have that order, and where a block stores one expert."""
+    model, kept = tiny.random_model("qwen2moe"), [1, 1, 1]
+    shape = model.tensors[f"blk.0.{part}.weight"].shape
+    writer = gguf.GGUFWriter(tmp_path / "lora.gguf", "qwen2moe")
+    writer.add_string("general.type", "adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 4.0)
+    for layer in range(tiny.N_LAYERS):
+        down, up = np.ones((*shape[:-2], 4, shape[-1])), np.ones((*shape[:-1], 4))
+        for name, values in (("a", down), ("b", up)):
+            writer.add_tensor(f"blk.{layer}.{part}.weight.lora_{name}", values.astype(np.float32))
+    tiny.finish(writer, tmp_path / "lora.gguf")
+    orders = dict.fromkeys(range(tiny.N_LAYERS), ORDERS[0])
+    placed = tiny.pruned(tiny.stored_in_order(model, orders), kept)
+    for made, count, taken in (
+        (model, None, True),
+        (tiny.pruned(model, kept), kept, False),
+        (placed, kept, part == "ffn_gate_inp"),
+    ):
+        loaded = tiny.load_model(llama, tiny.write(tmp_path / "m.gguf", made, kept=count))
+        adapter = llama.llama_adapter_lora_init(loaded, os.fsencode(tmp_path / "lora.gguf"))
+        assert bool(adapter) == taken
+        llama.llama_model_free(loaded)
 
 
 def test_stock_graph_never_leaves_an_expert_out(
