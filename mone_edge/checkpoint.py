@@ -134,7 +134,7 @@ def prune_checkpoint(
                 text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
                 (scratch / "config.json").write_text(text, encoding="utf-8")
                 write_shards(scratch, entries, shard_bytes=shard_bytes, progress=progress)
-                _publish(scratch, place)
+                _publish(scratch, place, force)
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:
@@ -182,7 +182,8 @@ def _require_replaceable(
         raise MoneEdgeError(f"{folder} is not a checkpoint folder and is left alone")
     known = {"config.json", *(file.name for file in _kept_files(source.path))}
     for path in sorted(there.iterdir()):
-        if path.is_dir() or not (path.name in known or is_written(path.name)):
+        ours = path.name in (*known, ".DS_Store") or is_written(path.name)
+        if path.is_dir() or not ours:
             raise MoneEdgeError(
                 f"{folder} holds {path.name}, which no checkpoint made of {source.name} does, and "
                 "is left alone; name another --outfile"
@@ -399,8 +400,10 @@ def _kept_files(source: Path) -> Iterator[Path]:
             yield file
 
 
-def _publish(scratch: Path, folder: Path) -> None:
+def _publish(scratch: Path, folder: Path, force: bool) -> None:
     """Move the finished folder to its name; an old one stays until then."""
+    if folder.exists() and not force:
+        raise MoneEdgeError(f"{folder} has come into being meanwhile; name another --outfile")
     old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     if folder.exists():
         folder.replace(old)

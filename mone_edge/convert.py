@@ -5,6 +5,7 @@ its recipe and a model card beside it. All checks that can fail run before a wei
 intermediate file is written; a pruned expert is never read. Calibrates and plans nothing.
 """
 
+import filecmp
 import os
 import re
 import resource
@@ -28,7 +29,7 @@ from mone_edge.errors import MoneEdgeError
 from mone_edge.imatrix import Imatrix
 from mone_edge.low_rank import LowRankNovices
 from mone_edge.model_file import Array, LazyTensor, ModelFile
-from mone_edge.paths import existing_folder, expand, parent_folder
+from mone_edge.paths import existing_folder, expand, is_file, parent_folder
 from mone_edge.plan import PrunePlan
 from mone_edge.quantize import KEEP
 from mone_edge.recipe import Recipe
@@ -257,6 +258,7 @@ def write(
     given: Sequence[str] = (),
     split_max_bytes: int = 0,
     threads: int | None = None,
+    force: bool = True,
     progress: Progress | None = None,
 ) -> list[Converted]:
     """Write every job's file, all from one read of the weights.
@@ -264,6 +266,8 @@ def write(
     Nothing appears under its final name before all of it is there.
 
     Args:
+        force: replace what is there; else what has got a result's name since the command began,
+            by another run perhaps, stays and the results go.
         given: arguments besides the recipe that make the same again, for the model card.
 
     Raises:
@@ -275,14 +279,14 @@ def write(
     if split_max_bytes:
         given = [*given, "--split-max-size", str(split_max_bytes)]
     folders = " and ".join(sorted({str(job.outfile.parent) for job in jobs}))
-    before = {path for job in jobs for path in _neighbours(job)}
     try:
         with ExitStack() as stack:
             places = [_scratch(job, stack) for job in jobs]
             _write_together(jobs, places, split_max_bytes, count, report)
             for job, place in zip(jobs, places, strict=True):
                 _write_beside(job, place, recipe.of_type(job.outtype), given)
-            _require_still_free(jobs, places, before)
+            if not force:
+                _require_still_free(jobs, places)
             made = [_publish(job, place) for job, place in zip(jobs, places, strict=True)]
     except OSError as error:
         raise MoneEdgeError(f"cannot write in {folders}: {error.strerror or error}") from error
@@ -381,16 +385,13 @@ def _open_writer(job: Job, path: Path, split_max_bytes: int) -> Any:
     return writer
 
 
-def _neighbours(job: Job) -> list[Path]:
-    folder = job.outfile.parent
-    return list(folder.iterdir()) if folder.is_dir() else []
-
-
-def _require_still_free(jobs: Sequence[Job], places: Sequence[Path], before: set[Path]) -> None:
-    """Nothing may have got a result's name while it was written, by another run perhaps."""
+def _require_still_free(jobs: Sequence[Job], places: Sequence[Path]) -> None:
+    """Nothing may be called like a result, but the recipe that it was made from."""
     for job, place in zip(jobs, places, strict=True):
-        for target in (job.outfile.parent / file.name for file in place.iterdir()):
-            if target not in before and os.path.lexists(target):
+        for file in sorted(place.iterdir()):
+            target = job.outfile.parent / file.name
+            same = file == beside(place / job.outfile.name)[0] and is_file(target)
+            if os.path.lexists(target) and not (same and filecmp.cmp(file, target, shallow=False)):
                 raise MoneEdgeError(
                     f"{target} has come into being meanwhile and is left alone; name another file"
                 )

@@ -262,11 +262,9 @@ class GgufModel:
         """
         self._prepare(len(tokens), 1)
         batches = -(-len(tokens) // min(self._cells, MAX_BATCH_TOKENS))
-        size = -(-len(tokens) // batches)
-        for begin in range(0, len(tokens), size):
-            part = list(tokens[begin : begin + size])
-            positions = list(range(begin, begin + len(part)))
-            self._decode(part, positions, [0] * len(part), [1] * len(part))
+        for positions in np.array_split(np.arange(len(tokens)), batches):
+            part = [tokens[i] for i in positions]
+            self._decode(part, positions.tolist(), [0] * len(part), [1] * len(part))
 
     def branch_logits(
         self, prefix: Sequence[int], branches: Sequence[Sequence[int]]

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 
 PRUNED_METHOD = "mone-edge"  # quantization_config.quant_method of a pruned checkpoint
+# names of files that decide how text is read
+TEXT_FILE = re.compile(r"token|chat_template|^vocab\.|^merges\.")
 FOREIGN_SUFFIX = "_compressed"  # of the model_type that other pruners give their checkpoints
 FOREIGN_NOVICES = {"version": 1, "replacement_type": "constant"}
 FINGERPRINT_BYTES = 64  # of each tensor: enough to tell two trainings of one shape apart
@@ -199,11 +201,10 @@ class Checkpoint(Source):
     config: Mapping[str, Any]
 
     def settings_sha256(self) -> str:
-        from mone_edge.calibration import TOKENIZER_FILES
-
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True, default=str).encode())
-        for file in (self.path / name for name in TOKENIZER_FILES):
-            digest.update(file.read_bytes() if is_file(file) else b"")
+        for file in sorted(self.path.iterdir()):
+            if TEXT_FILE.search(file.name) and is_file(file):
+                digest.update(file.name.encode() + file.read_bytes())
         return digest.hexdigest()
 
     @property

@@ -214,6 +214,8 @@ def test_what_cannot_be_is_refused(
         prune_checkpoint(model.source, uneven, None, tmp_path / "p")
     assert list(tmp_path.iterdir()) == []
     source, _ = pruned(model, tmp_path / "p")
+    (tmp_path / "p" / ".DS_Store").touch()
+    prune_checkpoint(model.source, plan, model.stats, tmp_path / "p", force=True)
     with pytest.raises(MoneEdgeError, match="exists; add --force"):
         prune_checkpoint(model.source, plan, model.stats, tmp_path / "p")
     with pytest.raises(MoneEdgeError, match="is pruned already"):

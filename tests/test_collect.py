@@ -225,6 +225,10 @@ def test_a_router_that_scales_its_input_is_not_its_matrix() -> None:
     layer: Any = torch.nn.Module()
     layer.block = model
     assert sampling.router_weight(layer, "block.experts", 6) is model.router.proj.weight
+    alone: Any = torch.nn.Module()
+    alone.experts, alone.weight = model.experts, torch.nn.Parameter(torch.ones(4, 6))
+    layer.other = alone
+    assert sampling.router_weight(layer, "other.experts", 6) is alone.weight
     model.router.scale = torch.nn.Parameter(torch.ones(6))
     assert sampling.router_weight(layer, "block.experts", 6) is None
 

@@ -292,11 +292,14 @@ def test_what_comes_into_being_meanwhile_is_left_alone(
 
     monkeypatch.setattr(convert, "_write_beside", slowly)
     with pytest.raises(MoneEdgeError, match=r"m.md has come into being meanwhile"):
-        convert.write(jobs, recipe)
+        convert.write(jobs, recipe, force=False)
     assert [path.name for path in tmp_path.iterdir()] == ["m.md"]
     monkeypatch.undo()
-    made = convert.write(jobs, recipe, split_max_bytes=150_000)[0]  # what was there may go
+    made = convert.write(jobs, recipe, split_max_bytes=150_000, force=True)[0]
     assert made.card.read_text(encoding="utf-8") != "mine"
+    for path in (made.card, *made.files):
+        path.unlink()
+    assert convert.write(jobs, recipe, force=False)  # beside its own recipe
     assert len(made.files) > 1
 
 

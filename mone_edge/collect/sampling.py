@@ -87,14 +87,15 @@ def router_weight(model: Any, name: str, width: int) -> Tensor | None:
     module scales what it reads (gemma4), so that the matrix alone does not make the logits."""
     block = model.get_submodule(name.rpartition(".")[0])
     inside, experts = name.rpartition(".")[2], num_experts(model.get_submodule(name))
-    found = [
-        (key, weight)
+    found: dict[str, Tensor] = {
+        key: weight
         for key, weight in block.named_parameters()
         if not key.startswith(f"{inside}.") and tuple(weight.shape) == (experts, width)
-    ]
+    }
     if len(found) != 1:
         return None
-    ((key, weight),) = found
-    owner = key.partition(".")[0]  # the router, or the matrix itself
-    scales = (p for p in block.get_submodule(owner).parameters() if tuple(p.shape) == (width,))
-    return None if any(True for _ in scales) else weight
+    ((key, matrix),) = found.items()
+    owner, dot, _ = key.partition(".")
+    router = block.get_submodule(owner).parameters() if dot else ()
+    scales = any(tuple(parameter.shape) == (width,) for parameter in router)
+    return None if scales else matrix

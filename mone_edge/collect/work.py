@@ -9,7 +9,7 @@ import glob
 import json
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -136,15 +136,16 @@ def open_work(work: Work, key: Mapping[str, Any]) -> Iterator[WorkFolder]:
         raise MoneEdgeError(_foreign(path, document.get("key"), key))
     go_on = same and work.resume
     path.mkdir(parents=True, exist_ok=True)
-    try:
-        with _locked(path):
-            if not go_on:
-                _empty(path)
-            yield WorkFolder(path, key, document["state"] if go_on else {})
-    except BlockingIOError as error:
-        raise MoneEdgeError(
-            f"another process is working in {path}; when it is done, run this again"
-        ) from error
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(_locked(path))
+        except BlockingIOError as error:
+            raise MoneEdgeError(
+                f"another process is working in {path}; when it is done, run this again"
+            ) from error
+        if not go_on:
+            _empty(path)
+        yield WorkFolder(path, key, document["state"] if go_on else {})
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -134,11 +134,12 @@ def command(
         console.info(f"{model} is pruned already; quantising without an importance matrix")
         chosen = dataclasses.replace(chosen, imatrix="none")
     if plan:
-        for name in (n for n in PLAN_FIELDS if _given(ctx, n) and not inside):
+        fields = plan_fields(plan)
+        for name in (n for n in PLAN_FIELDS if _given(ctx, n) and options[n] != fields[n]):
             console.warn(
                 f"--{name.replace('_', '-')} is what the plan says; what is given is unused"
             )
-        chosen = dataclasses.replace(chosen, **plan_fields(plan))
+        chosen = dataclasses.replace(chosen, **fields)
     outfiles = _outfiles(source, chosen, outfile)
     pretrained = None
     if chosen.pretrained and not plan:
@@ -172,6 +173,7 @@ def command(
             given=arguments(stats=stats, plan=plan_file, novices=novices),
             split_max_bytes=split_max_bytes,
             threads=threads,
+            force=force,
             progress=progress,
         )
     if not judgement.wanted:

@@ -69,7 +69,7 @@ def command(
         _prune_checkpoint(console, source, plan, stats, fitted, outfile, force)
     else:
         require_places([outfile], inputs, force=force)
-        _prune_gguf(console, source, plan, stats, fitted, outfile, arguments(**given))
+        _prune_gguf(console, source, plan, stats, fitted, outfile, force, arguments(**given))
 
 
 def _prune_checkpoint(
@@ -108,6 +108,7 @@ def _prune_gguf(
     stats: Path | None,
     fitted: "LowRankNovices | None",
     outfile: Path,
+    force: bool,
     given: list[str],
 ) -> None:
     from mone_edge import convert, pipeline, skipping
@@ -127,5 +128,5 @@ def _prune_gguf(
         source, recipe, {KEEP: outfile}, plan=plan, stats=measured, fitted=fitted
     )
     with console.progress("writing", "B") as progress:
-        made = convert.write(jobs, recipe, given=given, progress=progress)
+        made = convert.write(jobs, recipe, given=given, force=force, progress=progress)
     tell(console, made)

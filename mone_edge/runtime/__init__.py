@@ -10,7 +10,6 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -150,6 +149,7 @@ def build(
         raise UsageError(f"jobs is {jobs}, must be at least 1")
     report = progress or (lambda _: None)
     with held(place, report):
+        _restore(place)
         if force or not place.is_built():
             toolchain = find_toolchain(place.variant, ndk=ndk)
             with _set_aside(place, force):
@@ -163,21 +163,34 @@ def build(
     return info_of(place)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _set_aside(place: Layout, anew: bool) -> Iterator[None]:
     """With `anew`, build in an empty folder; what was built before comes back if that fails."""
-    old = place.root.with_name(f".{place.root.name}.old")
-    if not anew or not place.root.exists():
+    if not anew or not place.is_built():
         yield
         return
-    shutil.rmtree(old, ignore_errors=True)
+    old = _aside(place)
     place.root.rename(old)
     try:
         yield
     except BaseException:
+        with contextlib.suppress(OSError):  # the error names it
+            place.log.replace(old / place.log.name)
+        _restore(place)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _aside(place: Layout) -> Path:
+    return place.root.with_name(f".{place.root.name}.old")
+
+
+def _restore(place: Layout) -> None:
+    """Bring back what `_set_aside` put aside, unless there is a newer build."""
+    old = _aside(place)
+    if old.exists() and not place.is_built():
         shutil.rmtree(place.root, ignore_errors=True)
         old.rename(place.root)
-        raise
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from mone_edge.errors import MoneEdgeError
@@ -86,7 +87,9 @@ def run_step(
                 if step:
                     progress(f"compiling llama.cpp {step[1]}")
         except BaseException:
-            os.killpg(process.pid, signal.SIGTERM)  # cmake, and the compilers that it started
+            with suppress(OSError):
+                os.killpg(process.pid, signal.SIGTERM)  # cmake, and the compilers that it started
+            process.wait()
             raise
     if process.returncode != 0:
         tail = "\n".join(f"  {line}" for line in last_lines)

@@ -138,7 +138,7 @@ def _require_replaceable(tree: Path, out: Path, force: bool) -> None:
         if not os.path.lexists(tree / path.relative_to(there)):
             raise MoneEdgeError(
                 f"{out} holds {path.relative_to(there)}, which the source tree does not, and is "
-                "left alone; name another"
+                "left alone; remove it yourself, or name another"
             )
     if not force:
         raise MoneEdgeError(f"{out} exists; name another, or replace it with --force")

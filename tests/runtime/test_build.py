@@ -93,10 +93,13 @@ def test_a_build_that_cannot_be_made_anew_stays(
 ) -> None:
     place = layout.layout_of(targets.NATIVE)
     place.root.mkdir(parents=True)
-    (place.root / "built.json").write_text("{}", encoding="utf-8")
+    place.marker.write_text('{"files": []}', encoding="utf-8")
 
     def fails(*_: object, **__: object) -> None:
         assert step == "find_toolchain" or not place.root.exists()
+        if step == "make_source":
+            place.root.mkdir()
+            place.log.write_text("why", encoding="utf-8")
         raise MoneEdgeError("no luck")
 
     monkeypatch.setattr(runtime, "find_toolchain", lambda *_, **__: None)
@@ -104,8 +107,12 @@ def test_a_build_that_cannot_be_made_anew_stays(
         monkeypatch.setattr(runtime, step, fails)
         with pytest.raises(MoneEdgeError, match="no luck"):
             runtime.build(force=True)
-        assert [file.name for file in place.root.iterdir()] == ["built.json"]
+        assert place.is_built() and place.log.read_text(encoding="utf-8") == "why"
         assert not list(place.root.parent.glob(".*.old"))
+    place.root.rename(runtime._aside(place))  # killed, without time to put it back
+    with pytest.raises(MoneEdgeError, match="no luck"):
+        runtime.build(force=True)
+    assert place.is_built()
 
 
 def test_offline_without_source(cache: Path) -> None:
