@@ -349,6 +349,20 @@ def test_experts_that_were_not_selected_make_nothing_of_a_token(
     assert set(finite) == {True, False}
 
 
+def test_a_shared_experts_gate_at_zero_is_half(llama: ModuleType, tmp_path: Path) -> None:
+    model = tiny.random_model("qwen2moe")
+    found = []
+    for gate in (0.0, 1e-9):
+        tensors = dict(model.tensors)
+        for layer in range(tiny.N_LAYERS):
+            name = f"blk.{layer}.ffn_gate_inp_shexp.weight"
+            tensors[name] = np.full_like(tensors[name], gate)
+        path = tiny.write(tmp_path / f"{gate}.gguf", replace(model, tensors=tensors))
+        found.append(tiny.logits(llama, path, [(5, 1)])[0])
+    assert np.isfinite(found[0]).all()
+    np.testing.assert_allclose(found[0], found[1], atol=1e-5)
+
+
 @pytest.mark.parametrize("part", ["ffn_gate_inp", "ffn_down_exps"])
 def test_adapters_of_experts_in_another_order_are_refused(
     llama: ModuleType, tmp_path: Path, part: str
