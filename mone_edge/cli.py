@@ -113,14 +113,15 @@ def run(arguments: list[str]) -> int:
     except click.ClickException as error:
         _complain(error.format_message())
         return 1
-    except (KeyboardInterrupt, click.Abort) as error:
-        if isinstance(error, Stopped):
-            _complain(f"interrupted; {error}")
-            return INTERRUPTED
-        goes_on = isinstance(error, Resumable)
-        again = [*arguments, *(error.options if isinstance(error, Resumable) else ())]
-        verb = "go on" if goes_on else "again"
-        _complain(f"interrupted; {verb} with: {_program()} {shlex.join(again)}")
+    except Stopped as stopped:
+        _complain(f"interrupted; {stopped}")
+        return INTERRUPTED
+    except Resumable as stopped:
+        again = shlex.join([*arguments, *stopped.options])
+        _complain(f"interrupted; go on with: {_program()} {again}")
+        return INTERRUPTED
+    except (KeyboardInterrupt, click.Abort):
+        _complain(f"interrupted; again with: {_program()} {shlex.join(arguments)}")
         return INTERRUPTED
     except MoneEdgeError as error:
         _complain(str(error))

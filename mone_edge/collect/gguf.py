@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mone_edge import __version__
 from mone_edge.calibration import Batches
@@ -58,17 +59,8 @@ def collect(
     Raises:
         MoneEdgeError: llama.cpp refuses the file, or its experts cannot be observed.
     """
-    observer = ExpertObserver()
-    tokens, length = calibration.tokens, calibration.tokens.shape[1]
-    options: dict[str, Any] = {"n_ctx": length, "threads": threads, "exact": exact}
-    options["run_all"] = True
-    with GgufModel(path, observer=observer, **options) as llama:
-        architecture = llama.metadata("general.architecture")
-        observer.scaled_gates = architecture in SCALED_GATES
-        for done, row in enumerate(tokens.tolist(), start=1):
-            llama.read(row)
-            if on_progress is not None:
-                on_progress(done, len(tokens))
+    observer, tokens = ExpertObserver(), calibration.tokens
+    architecture = observe(path, observer, tokens, threads, exact=exact, on_progress=on_progress)
     layers = {
         layer: _checked(path, layer, stats, tokens.size)
         for layer, stats in sorted(observer.layers.items())
@@ -79,6 +71,40 @@ def collect(
         )
     made = provenance(model or str(path), fingerprint, architecture, calibration)
     return ExpertStats(made, layers, dict(sorted(observer.linears.items())))
+
+
+def observe(
+    path: Path,
+    observer: "ExpertObserver",
+    tokens: NDArray[np.int64],
+    threads: int | None,
+    *,
+    exact: bool = True,
+    on_progress: Progress | None = None,
+) -> str:
+    """Show an observer the model at work on sequences [samples, length].
+
+    Args:
+        threads, exact, on_progress: as in `collect`.
+
+    Returns:
+        The model's architecture.
+    """
+    with GgufModel(
+        path,
+        observer=observer,
+        n_ctx=tokens.shape[1],
+        threads=threads,
+        exact=exact,
+        run_all=True,
+    ) as llama:
+        architecture = llama.metadata("general.architecture")
+        observer.scaled_gates = architecture in SCALED_GATES
+        for done, row in enumerate(tokens.tolist(), start=1):
+            llama.read(row)
+            if on_progress is not None:
+                on_progress(done, len(tokens))
+    return architecture
 
 
 def provenance(model: str, fingerprint: str, architecture: str, calibration: Batches) -> Provenance:

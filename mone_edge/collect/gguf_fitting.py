@@ -18,17 +18,15 @@ from numpy.typing import NDArray
 
 from mone_edge import fit, low_rank, novices
 from mone_edge.calibration import Batches
-from mone_edge.collect.gguf import ExpertObserver, provenance
+from mone_edge.collect.gguf import ExpertObserver, observe, provenance
 from mone_edge.collect.work import Work, WorkFolder, open_work, run_key
 from mone_edge.console import human_bytes
 from mone_edge.errors import MoneEdgeError
 from mone_edge.gguf_file import GgufSource
 from mone_edge.graph import Node
-from mone_edge.llama import GgufModel
 from mone_edge.low_rank import LowRankNovices
 from mone_edge.machine import memory_bytes
 from mone_edge.plan import PrunePlan
-from mone_edge.prune import SCALED_GATES
 from mone_edge.regression import Moments
 from mone_edge.stats import Provenance
 
@@ -142,13 +140,9 @@ def _groups(
 def _observe(
     path: Path, plan: PrunePlan, group: list[int], calibration: Batches, threads: int | None
 ) -> "_PairObserver":
-    tokens, length = calibration.tokens, calibration.tokens.shape[1]
+    tokens = calibration.tokens
     observer = _PairObserver({i: fit.candidates(plan, i) for i in group}, tokens.size)
-    options: dict[str, Any] = {"n_ctx": length, "threads": threads, "exact": True, "run_all": True}
-    with GgufModel(path, observer=observer, **options) as llama:
-        observer.scaled_gates = llama.metadata("general.architecture") in SCALED_GATES
-        for row in tokens.tolist():
-            llama.read(row)
+    observe(path, observer, tokens, threads)
     observer.add_waiting()
     for layer in group:
         if observer.tokens[layer] != tokens.size:
@@ -241,12 +235,10 @@ class _PairObserver(ExpertObserver):
             waiting = self._waiting.setdefault(key, [])
             waiting.append(rows)
             self._waiting_bytes += sum(part.nbytes for part in rows)
-            if sum(len(part[0]) for part in waiting) >= BLOCK_ROWS:
+            if _count(waiting) >= BLOCK_ROWS:
                 self._add_rows(key)
         while self._waiting_bytes > WAITING_BYTES:
-            self._add_rows(
-                max(self._waiting, key=lambda k: sum(len(p[0]) for p in self._waiting[k]))
-            )
+            self._add_rows(max(self._waiting, key=lambda key: _count(self._waiting[key])))
 
     def _add_rows(self, key: tuple[int, int, bool]) -> None:
         layer, expert, held_out = key
@@ -258,3 +250,7 @@ class _PairObserver(ExpertObserver):
         """Add what still waits to be more."""
         for key in list(self._waiting):
             self._add_rows(key)
+
+
+def _count(waiting: Sequence[Rows]) -> int:
+    return sum(len(x) for x, _, _ in waiting)
