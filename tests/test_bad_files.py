@@ -285,6 +285,29 @@ def test_flipped_bits_and_cuts_of_a_gguf(
         assert _one_line_or_done(["inspect", "bad.gguf"], capfd) == 1
 
 
+def test_numbers_that_would_take_hours(
+    gguf: bytes, workspace: Path, refuses: Refused, capfd: pytest.CaptureFixture[str]
+) -> None:
+    key = b"olmoe.block_count"
+    place = gguf.index(key) + len(key)
+    for kind, value in ((4, struct.pack("<I", 2**32 - 1)), (6, struct.pack("<f", float("nan")))):
+        spoilt = gguf[:place] + struct.pack("<I", kind) + value + gguf[place + 8 :]
+        (workspace / "bad.gguf").write_bytes(spoilt)
+        assert _one_line_or_done(["inspect", "bad.gguf", "--json"], capfd) == 0
+    (workspace / "bad.gguf").write_bytes(
+        gguf[:place] + struct.pack("<II", 4, 2**32 - 1) + gguf[place + 8 :]
+    )
+    refuses("convert", "bad.gguf", "--dry-run", told="says 4294967295 blocks, and has")
+    shape = [999_999_999_999] * 9
+    header = json.dumps({"x": {"dtype": "F32", "shape": shape, "data_offsets": [0, 4]}}).encode()
+    (workspace / "far").mkdir()
+    shutil.copy(workspace / "model" / "config.json", workspace / "far")
+    (workspace / "far" / "model.safetensors").write_bytes(
+        struct.pack("<Q", len(header)) + header + bytes(4)
+    )
+    refuses("inspect", "far", told="damaged header: 9 axes")
+
+
 @pytest.mark.parametrize(
     ("key", "value"), [("expert_used_count", 0), ("expert_used_count", 999), ("head_count", 0)]
 )

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 
 from mone_edge.cli import COMMANDS, run
+from mone_edge.errors import Resumable
+from mone_edge.paths import cache_dir
 from mone_edge.source import resolve
 from tests import tiny
 from tests.bad_input import refused, tree
@@ -343,6 +345,26 @@ def test_what_stands_beside_an_output_is_not_replaced(
     refuses(*CONVERT, "-o", "new/../x.gguf", told="new/../x.md exists")
 
 
+def test_options_that_the_plan_overrides_are_told_of(
+    workspace: Path, capfd: pytest.CaptureFixture[str], built_runtime: object
+) -> None:
+    assert run(["plan", "s.safetensors", "--prune-ratio", "0.5", "-o", "p.json"]) == 0
+    whole = ("convert", "model", "--tokenizer-pre", "gpt-2", "--plan", "p.json", "--dry-run")
+    capfd.readouterr()
+    assert run([*whole, "--prune-ratio", "0.5"]) == 0
+    assert capfd.readouterr().err == ""
+    assert run([*whole, "--prune-ratio", "0.25"]) == 0
+    assert "--prune-ratio is what the plan says" in capfd.readouterr().err
+
+
+def test_a_cache_folder_of_nobody_is_a_folder(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, place in (("~nobody-here/x", "~nobody-here/x"), ("rel", "rel")):
+        monkeypatch.setenv("MONE_EDGE_CACHE", name)
+        assert cache_dir() == workspace / place
+
+
 def test_folders_made_for_nothing_go_again(refuses: Refused) -> None:
     refuses("plan", "nothing", "-o", "new/deep/p.json", told="no statistics file nothing")
 
@@ -382,7 +404,31 @@ def test_json_mode_says_nothing_on_stdout_when_it_fails(refuses: Refused) -> Non
     refuses("plan", "nothing", "--json", told="no statistics file")
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("stopped", "told"),
+    [
+        (KeyboardInterrupt(), "again with: mone-edge plan s.safetensors"),
+        (Resumable(), "go on with: mone-edge plan s.safetensors"),
+        (Resumable("--resume"), "go on with: mone-edge plan s.safetensors --resume"),
+    ],
+)
+def test_what_goes_on_after_an_interrupt(
+    stopped: BaseException,
+    told: str,
+    workspace: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stop(*_: object) -> None:
+        raise stopped
+
+    monkeypatch.setattr("mone_edge.stats.ExpertStats.load", stop)
+    assert run(["plan", "s.safetensors"]) == 130
+    assert capfd.readouterr().err == f"mone-edge: interrupted; {told}\n"
+    assert not (workspace / "plan.json").exists()
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("stage", ["collect", "save"])
 def test_an_interrupt_leaves_nothing(
     stage: str, signal_number: signal.Signals, workspace: Path, built_runtime: object
@@ -394,6 +440,7 @@ def test_an_interrupt_leaves_nothing(
     script = f"""
 import signal, sys, time, pathlib
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs behind
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 def pause(*a, **k):
     pathlib.Path("../ready").touch()
     time.sleep(60)

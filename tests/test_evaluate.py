@@ -294,6 +294,12 @@ def test_a_uniform_model_has_the_perplexity_of_its_vocabulary() -> None:
     assert (divergence.kld_mean, divergence.same_top_p) == (0, 1)
 
 
+def test_a_loss_that_has_no_perplexity_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mone_edge.scoring.LARGEST_LOSS", 5.0)  # a uniform model's is 5.5
+    with pytest.raises(MoneEdgeError, match=r"perplexity is e\^5.55, which is no number"):
+        score_text(Uniform(), "x" * 100 + "\n", n_ctx=16)
+
+
 def test_long_contexts_are_cut_from_the_left() -> None:
     item = TaskItem("t", "c" * 40, ("ab", "abcd"), 0)
     likelihood, truncated = log_likelihoods(Uniform(), item)

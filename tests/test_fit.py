@@ -18,12 +18,14 @@ from mone_edge.cli import run
 from mone_edge.collect.experts import experts_modules, run_expert
 from mone_edge.collect.fitting import fit_checkpoint
 from mone_edge.collect.loading import load_model
+from mone_edge.collect.torch_model import collect
 from mone_edge.collect.work import Work
 from mone_edge.errors import MoneEdgeError, UsageError
 from mone_edge.low_rank import LayerNovices, LowRankNovices
 from mone_edge.plan import PrunePlan, make_plan
 from mone_edge.regression import LowRank, Moments
 from mone_edge.source import Checkpoint, resolve
+from tests import architectures
 from tests.conftest import Calibrated
 from tests.test_oracle import uneven_plan
 from tests.test_regression import ridge_by_rows
@@ -290,6 +292,17 @@ def test_a_plan_takes_the_experts_that_the_fit_chose(calibrated: Make, tmp_path:
         make_plan(model.stats, method="novice-error", replacement="mean")
     with pytest.raises(UsageError, match="--protect-super"):
         make_plan(model.stats, method="novice-error", replacement="rank", protect_super=True)
+
+
+def test_an_open_rank_counts_experts_that_lie_in_a_submodule(tmp_path: Path) -> None:
+    """dbrx's stacks are not parameters of the experts module itself."""
+    source = resolve(str(architectures.make("dbrx", tmp_path / "m")))
+    assert isinstance(source, Checkpoint)
+    read = batches(np.random.default_rng(0).integers(3, 400, (12, 64)))
+    stats = collect(source.path, read, fingerprint=source.fingerprint, device="cpu")
+    plan = make_plan(stats, prune_ratio=0.5, replacement="rank")
+    found = fit_checkpoint(source, plan, read, Work(tmp_path / "w"), device="cpu")
+    assert found.summary()["novices"] == sum(len(plan.pruned(i)) for i in plan.kept)
 
 
 def test_files_of_novices(calibrated: Make, tmp_path: Path) -> None:

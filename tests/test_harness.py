@@ -93,6 +93,21 @@ def test_spaces_before_a_choice_and_greedy_choices(tmp_path: Path) -> None:
     assert [greedy for _, greedy in answers] == [False, False, True]
 
 
+def test_offline_keeps_the_hubs_libraries_off_the_network(
+    items: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+    import huggingface_hub
+
+    for settings in (datasets.config, huggingface_hub.constants):
+        monkeypatch.setattr(settings, "HF_HUB_OFFLINE", False)
+    model = open_model(tiny.make_checkpoint("olmoe", tmp_path / "model"), threads=1)
+    with pytest.raises(UsageError, match="no task nosuchtask"):
+        score_harness(model, ["nosuchtask"], offline=True)
+    assert datasets.config.HF_HUB_OFFLINE
+    assert huggingface_hub.constants.HF_HUB_OFFLINE
+
+
 def test_what_the_adapter_cannot_run_is_refused_by_name(items: Path, tmp_path: Path) -> None:
     model = open_model(tiny.make_checkpoint("olmoe", tmp_path / "model"), threads=1)
     with pytest.raises(UsageError, match="no task nosuchtask"):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 import zipfile
 from pathlib import Path
 
@@ -339,6 +340,31 @@ def test_failed_step_names_its_log(tmp_path: Path) -> None:
     assert str(place.log) in str(caught.value)
     assert "boom" in place.log.read_text(encoding="utf-8")
     assert said == ["compiling llama.cpp 42%"]
+
+
+def test_an_interrupt_ends_the_compilers(tmp_path: Path) -> None:
+    place = make_layout(tmp_path)
+    command = ["sh", "-c", f"sleep 300 & echo $! > {tmp_path / 'compiler'}; echo '[ 1%] x'; wait"]
+
+    def stop(_: str) -> None:
+        raise KeyboardInterrupt
+
+    with place.log.open("w", encoding="utf-8") as log, pytest.raises(KeyboardInterrupt):
+        compiling.run_step(command, place, log.write, stop)
+    compiler = int((tmp_path / "compiler").read_text(encoding="utf-8"))
+    for _ in range(500):
+        if not is_running(compiler):
+            return
+        time.sleep(0.02)
+    raise AssertionError("it goes on")
+
+
+def is_running(process: int) -> bool:
+    """Whether there is such a process, but for one that nobody has asked how it ended."""
+    found = subprocess.run(
+        ["ps", "-o", "stat=", "-p", str(process)], capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip()[:1] not in ("", "Z")
 
 
 def test_half_a_build_is_no_build(tmp_path: Path) -> None:

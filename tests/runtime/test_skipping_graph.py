@@ -235,3 +235,30 @@ def test_models_that_cannot_skip(built_runtime: runtime.RuntimeInfo, tmp_path: P
     dense = skipping(replace(dense, keys=keys))
     log = load_in_subprocess(tiny.write(tmp_path / "d.gguf", dense, bias_type=None))
     assert "expert_skip_threshold: the model has no experts" in log
+
+
+def test_warming_up_leaves_nothing_behind(llama: ModuleType, tmp_path: Path) -> None:
+    """It runs all experts; the graph for that is not used again."""
+    path = tiny.write(tmp_path / "m.gguf", skipping(tiny.random_model("qwen3moe")))
+    model = tiny.load_model(llama, path)
+    found = []
+    for warms_up in (False, True):
+        params = llama.llama_context_default_params()
+        params.n_ctx = 256
+        context = llama.llama_init_from_model(model, params)
+        if warms_up:
+            llama.llama_set_warmup(context, True)
+            decoded(llama, context, 3)
+            llama.llama_memory_clear(llama.llama_get_memory(context), True)
+            llama.llama_set_warmup(context, False)
+        found.append(decoded(llama, context, 5))
+        llama.llama_free(context)
+    llama.llama_model_free(model)
+    assert np.array_equal(*found)
+
+
+def decoded(llama: ModuleType, context: object, token: int) -> np.ndarray:
+    """Logits [vocabulary] after one token at the start."""
+    batch = llama.llama_batch_get_one((llama.llama_token * 1)(token), 1)
+    assert llama.llama_decode(context, batch) == 0
+    return np.ctypeslib.as_array(llama.llama_get_logits(context), (tiny.N_VOCAB,)).copy()
