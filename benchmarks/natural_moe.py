@@ -1,13 +1,13 @@
 """Train a small language model that was born a Mixture of Experts, for measuring on.
 
-    python -m benchmarks.natural_moe FOLDER --data a.txt --data b.txt ... --minutes 130
+    python -m benchmarks.natural_moe FOLDER --data a.txt --data b.txt ... --tokens 4000000
 
 6 layers of width 256, fp32, on the CPU, from random weights and on the given UTF-8 text. `olmoe`
 and `qwen3_moe` have 32 experts of 128 neurons, top-4 (23 million parameters, 6 of them active):
 `--architecture olmoe` takes the gate weights from a softmax over all experts, `qwen3_moe` makes
 those of the chosen ones add up to 1 and shares keys and values between heads. `mixtral` has 16 wide
 experts of 512 neurons, top-2 (41 million, 8 of them active). Started again with the same FOLDER it
-goes on from its last checkpoint until the minutes are used up. FOLDER then holds
+goes on from its last checkpoint until it has read that many tokens. FOLDER then holds
 
     model/             the checkpoint (convert it with `--tokenizer-pre gpt-2`)
     initial/           the same before training: `router-norm` compares the two
@@ -162,18 +162,17 @@ def balance(router_logits: Any, top_k: int) -> tuple[Any, Any, Any]:
 
 @dataclass
 class Run:
-    """A training run: where it is, and what it has used of its time."""
+    """A training run: how long it is, and where it is."""
 
     folder: Path
     model: Any
     optimizer: Any
-    minutes: float
+    steps: int
     seed: int
     step: int = 0
-    seconds: float = 0.0
 
     @classmethod
-    def resume(cls, folder: Path, architecture: str, minutes: float, seed: int) -> "Run":
+    def resume(cls, folder: Path, architecture: str, steps: int, seed: int) -> "Run":
         import torch
 
         model = make_model(architecture, seed)
@@ -181,20 +180,19 @@ class Run:
         others = [p for p in model.parameters() if p.ndim == 1]
         groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.95), foreach=True)
-        run = cls(folder, model, optimizer, minutes, seed)
+        run = cls(folder, model, optimizer, steps, seed)
         if (folder / "state.pt").exists():
             state = torch.load(folder / "state.pt", weights_only=True)
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
-            run.step, run.seconds = state["step"], state["seconds"]
+            run.step = state["step"]
         else:
             model.save_pretrained(folder / "initial")
         return run
 
     def learning_rate(self) -> float:
-        """Warm up, stay, and fall linearly over the last of the time."""
-        done = self.seconds / (60 * self.minutes)
-        falling = max(0.02, min(1.0, (1 - done) / (1 - DECAY_FROM)))
+        """Warm up, stay, and fall linearly over the last of the steps."""
+        falling = max(0.02, min(1.0, (1 - self.step / self.steps) / (1 - DECAY_FROM)))
         return PEAK_LR * min(1.0, (self.step + 1) / WARMUP_STEPS) * falling
 
     def batch(self, tokens: Any) -> Any:
@@ -241,8 +239,7 @@ class Run:
         import torch
 
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        state |= {"step": self.step, "seconds": self.seconds}
-        torch.save(state, self.folder / "state.part")
+        torch.save(state | {"step": self.step}, self.folder / "state.part")
         (self.folder / "state.part").replace(self.folder / "state.pt")
 
     def export(self) -> None:
@@ -262,17 +259,13 @@ def watch_routers(model: Any) -> None:
 
 
 def train(run: Run) -> None:
-    import torch
-
     tokens, heldout = (
         np.load(run.folder / f"{n}.npy", mmap_mode="r") for n in ("train", "heldout")
     )
     watch_routers(run.model)
     saved, losses, loads = time.monotonic(), [], []
-    while run.seconds < 60 * run.minutes:
-        start = time.process_time()
+    while run.step < run.steps:
         loss, load = run.update(run.batch(tokens))
-        run.seconds += (time.process_time() - start) / torch.get_num_threads()
         losses.append(loss)
         loads.append(load)
         if run.step % LOG_STEPS == 0:
@@ -291,8 +284,7 @@ def train(run: Run) -> None:
 
 def report(run: Run, load: Any = None, **losses: float) -> None:
     """A line to the terminal and to log.jsonl. Load 1 is an expert's equal share."""
-    line: dict[str, Any] = {"step": run.step, "minutes": round(run.seconds / 60, 1), **losses}
-    line["tokens"] = run.step * BATCH * SEQUENCE
+    line: dict[str, Any] = {"step": run.step, "tokens": run.step * BATCH * SEQUENCE, **losses}
     if load is not None:
         least, most = load.min(1).values, load.max(1).values
         line |= {"load_min": round(float(least.min()), 3), "load_max": round(float(most.max()), 3)}
@@ -311,9 +303,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--data", type=Path, action="append", required=True, help="UTF-8 text")
     parser.add_argument("--architecture", choices=ARCHITECTURES, default="olmoe")
-    parser.add_argument(
-        "--minutes", type=float, default=120, help="of each thread's time, over all starts"
-    )
+    parser.add_argument("--tokens", type=int, default=4_000_000, help="to read, over all starts")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -323,7 +313,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     if not (arguments.folder / "heldout.npy").exists():
         prepare(arguments.folder, arguments.data, arguments.seed)
-    train(Run.resume(arguments.folder, arguments.architecture, arguments.minutes, arguments.seed))
+    steps = arguments.tokens // (BATCH * SEQUENCE)
+    train(Run.resume(arguments.folder, arguments.architecture, steps, arguments.seed))
 
 
 if __name__ == "__main__":

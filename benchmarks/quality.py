@@ -1,15 +1,15 @@
 """How much worse a model gets: criteria and replacements side by side, on whole models.
 
-    python -m benchmarks.quality MODEL RESULTS.json --work DIR [--variant 0.5:mone:mean ...]
+    python -m benchmarks.quality MODEL RESULTS.json --variant 0.5:mone:mean --variant ...
 
 MODEL is a checkpoint folder or `demo`. Each variant is pruned in memory (torch, float32) and reads
 the same chunks of text as the unpruned model; all but the first eighth of each is scored: increase
 of the log-perplexity, KL divergence from the unpruned model, share of positions with the same most
-likely token. A variant is RATIO:METHOD:REPLACEMENT; without any, those of docs/quality.md are
-measured. Each seed draws other calibration text. With `--equal-bytes`, after each low-rank variant
-come constants on plans that keep as many more experts as the novices' matrices take room for in a
-Q4_K_M file. RESULTS.json is written after each variant; started again, the run goes on. The tables
-it holds:
+likely token. A variant is RATIO:METHOD:REPLACEMENT (`merge` where experts are merged); the shell
+spells out many, `--variant=0.5:{mone,reap}:{drop,mean}`. Each seed draws other calibration text.
+With `--equal-bytes`, after each low-rank variant come constants on plans that keep as many more
+experts as the novices' matrices take room for in a Q4_K_M file. RESULTS.json is written after each
+variant; started again, the run goes on. The tables it holds:
 
     python -m benchmarks.quality --table RESULTS.json     # several files: side by side
 
@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mone_edge import calibration, demo, novices, regression, selection
+from mone_edge import calibration, demo, novices, regression
 from mone_edge.collect.experts import experts_modules
 from mone_edge.collect.fitting import fit_checkpoint
 from mone_edge.collect.loading import load_model
@@ -41,7 +41,7 @@ from mone_edge.evaluate import TorchModel
 from mone_edge.low_rank import EXPERT_BITS, LowRankNovices, stored_bits
 from mone_edge.paths import atomic_write
 from mone_edge.plan import PrunePlan, make_plan
-from mone_edge.recipe import MERGING, NOVICE_ERROR, low_rank
+from mone_edge.recipe import low_rank
 from mone_edge.regression import Moments
 from mone_edge.routers import norm_changes
 from mone_edge.scoring import chunk_ids
@@ -54,11 +54,6 @@ if TYPE_CHECKING:
 
 UNSCORED = 8  # the first eighth of each chunk is context only
 BATCH_TOKENS, ROWS = 2048, 512  # of a forward pass, and of logits at a time
-SEEDS, RATIOS = (1, 2, 3), (0.5, 0.25)
-MAIN = ("mone", "routing-score", "reap", "joint")
-METHODS = tuple(
-    name for name in selection.METHODS if name not in (ROUTER_NORM, NOVICE_ERROR, *MERGING)
-)
 RIVALS = (("mone", "mean"), ("joint", "gate2-mean"))
 COLUMNS = ("drop", "zero", "mean", "gate2", "rank", "merge")
 MEASURES = {"log_ppl": "Increase of the log-perplexity", "kld": "KL divergence"}
@@ -248,40 +243,9 @@ def stored(network: Any, plan: PrunePlan, fitted: LowRankNovices | None) -> floa
 
 
 def variants(arguments: argparse.Namespace) -> Iterator[Variant]:
-    """What the options name; without any of them, what docs/quality.md shows."""
-    if arguments.variant:
-        for seed, name in itertools.product(arguments.seed or SEEDS[:1], arguments.variant):
-            ratio, method, replacement = name.split(":")
-            yield Variant(method, float(ratio), replacement, seed)
-        return
-    half, quarter = RATIOS
-    for seed in SEEDS:
-        yield from _product([seed], [half], MAIN, ("drop", "mean", "gate2-mean", "rank-16"))
-        yield from _product([seed], [half], [NOVICE_ERROR], ["rank-16"])
-        if seed == SEEDS[0]:
-            yield from _product([seed], [half], MERGING, ())
-    for seed in SEEDS:
-        yield from _product([seed], [quarter], ("mone", "routing-score", "reap"), ("drop",))
-        yield from _product([seed], [quarter], ["mone"], ("mean", "rank-16"))
-        yield Variant("joint", quarter, "gate2-mean", seed)
-        yield Variant(NOVICE_ERROR, quarter, "rank-16", seed)
-        if seed == SEEDS[0]:
-            yield from _product([seed], [quarter], MERGING, ())
-    seed = SEEDS[0]
-    yield from _product([seed], [half], ("mone", "joint"), ("zero", "rank-4", "rank-32"))
-    yield from _product([seed], [half], [NOVICE_ERROR], ("rank-4", "rank-32"))
-    yield from _product([seed], [half], METHODS, ("drop", "mean"))
-
-
-def _product(
-    seeds: Sequence[int],
-    ratios: Sequence[float],
-    methods: Sequence[str],
-    replacements: Sequence[str],
-) -> Iterator[Variant]:
-    for seed, ratio, method in itertools.product(seeds, ratios, methods):
-        for replacement in ("merge",) if method in MERGING else replacements:
-            yield Variant(method, ratio, replacement, seed)
+    for seed, name in itertools.product(arguments.seed or [1], arguments.variant):
+        ratio, method, replacement = name.split(":")
+        yield Variant(method, float(ratio), replacement, seed)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -431,9 +395,9 @@ def main() -> None:
     if arguments.cost:
         cost(arguments.cost)
         return
-    if not (arguments.model and arguments.results):
-        parser.error("MODEL and RESULTS are needed")
-    if not arguments.pretrained and any(ROUTER_NORM in v for v in arguments.variant or ()):
+    if not (arguments.model and arguments.results and arguments.variant):
+        parser.error("MODEL, RESULTS and --variant are needed")
+    if not arguments.pretrained and any(ROUTER_NORM in v for v in arguments.variant):
         parser.error(f"{ROUTER_NORM} needs --pretrained")
     run(arguments)
 
