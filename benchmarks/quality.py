@@ -25,10 +25,10 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -53,14 +53,26 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 UNSCORED = 8  # the first eighth of each chunk is context only
-BATCH_TOKENS, ROWS = 2048, 512  # of a forward pass, and of logits at a time
+BATCH_TOKENS, ROWS = 2048, 128  # of a forward pass, and of logits at a time
 RIVALS = (("mone", "mean"), ("joint", "gate2-mean"))
 COLUMNS = ("drop", "zero", "mean", "gate2", "rank", "merge")
 MEASURES = {"log_ppl": "Increase of the log-perplexity", "kld": "KL divergence"}
 
 
+class Predictions(NamedTuple):
+    """What the unpruned model makes of some tokens; a divergence from it needs no more."""
+
+    log_p: "Tensor"  # [rows] of the tokens that come
+    negentropy: "Tensor"  # [rows] sum of p log p over the vocabulary
+    mean: "Tensor"  # [rows, width] rows of the head, weighed by p
+    top: "Tensor"  # [rows] the most likely tokens
+
+
 class Scorer:
     """Chunks of a text, and what the unpruned model makes of them.
+
+    With hidden states h, head W and q = softmax(W h), the divergence from the unpruned model is
+    `sum p log p - sum p log q`, the second sum `h (p W) - logsumexp(W h)`.
 
     Args:
         chunks: [chunks, n_ctx] token ids; all but the first `n_ctx / UNSCORED` of each are scored.
@@ -68,45 +80,38 @@ class Scorer:
 
     def __init__(self, network: Any, chunks: "Tensor") -> None:
         self.chunks, self.first = chunks, chunks.shape[1] // UNSCORED
-        self.head = network.get_output_embeddings()
-        # final hidden states, not logits: those of a large vocabulary would fill the disk
-        self.base = [self._hidden(network, ids) for ids in self._batches()]
-        self.log_ppl = -float(np.concatenate([p for p, _ in self._log_softmax(self.base)]).mean())
+        self.head = network.get_output_embeddings().weight.detach()
+        self.base: list[Predictions] = []
+        for hidden, targets, logits in self._scored(network):
+            log_p = logits.log_softmax(-1)
+            mean, total = log_p.exp() @ self.head, logits.logsumexp(-1).double()
+            negentropy = (hidden.double() * mean).sum(-1) - total
+            log_p = log_p.gather(1, targets)[:, 0]
+            self.base.append(Predictions(log_p, negentropy, mean, logits.argmax(-1)))
+        self.log_ppl = -float(np.concatenate([b.log_p.double().numpy() for b in self.base]).mean())
 
-    def _batches(self) -> "tuple[Tensor, ...]":
-        return self.chunks.split(max(1, BATCH_TOKENS // self.chunks.shape[1]))
-
-    def _hidden(self, network: Any, ids: "Tensor") -> "Tensor":
-        """Final hidden states that predict the scored tokens: [rows, width]."""
+    def _scored(self, network: Any) -> "Iterator[tuple[Tensor, Tensor, Tensor]]":
+        """Some rows at a time: hidden states [rows, width], next tokens [rows, 1], logits."""
         import torch
 
         with torch.inference_mode():
-            hidden = network.base_model(input_ids=ids, use_cache=False)[0]
-            return hidden[:, self.first : -1].flatten(0, 1).clone()
-
-    def _log_softmax(self, hidden: "Iterable[Tensor]") -> "Iterator[tuple[Any, Tensor]]":
-        """Some rows at a time: log-probabilities of the scored tokens [n], of all [n, vocabulary].
-
-        Args:
-            hidden: final hidden states of each batch.
-        """
-        import torch
-
-        for ids, batch in zip(self._batches(), hidden, strict=True):
-            targets = ids[:, self.first + 1 :].reshape(-1, 1)
-            for rows, wanted in zip(batch.split(ROWS), targets.split(ROWS), strict=True):
-                with torch.inference_mode():
-                    every = torch.log_softmax(self.head(rows), -1)
-                yield every.gather(1, wanted)[:, 0].double().numpy(), every
+            for ids in self.chunks.split(max(1, BATCH_TOKENS // self.chunks.shape[1])):
+                hidden = network.base_model(input_ids=ids, use_cache=False)[0]
+                hidden = hidden[:, self.first : -1].flatten(0, 1)
+                targets = ids[:, self.first + 1 :].reshape(-1, 1)
+                for rows, wanted in zip(hidden.split(ROWS), targets.split(ROWS), strict=True):
+                    yield rows, wanted, rows @ self.head.T
 
     def score(self, network: Any) -> dict[str, float]:
         """Of a pruned model, against the unpruned one."""
         found: dict[str, list[Any]] = {"log_ppl": [], "kld": [], "same_top": []}
-        ours = self._log_softmax(self._hidden(network, ids) for ids in self._batches())
-        for (base, p), (pruned, q) in zip(self._log_softmax(self.base), ours, strict=True):
-            found["log_ppl"].append(base - pruned)
-            found["kld"].append((p.exp() * (p - q)).sum(-1).double().numpy())
-            found["same_top"].append((p.argmax(-1) == q.argmax(-1)).numpy())
+        for base, (hidden, targets, logits) in zip(self.base, self._scored(network), strict=True):
+            total = logits.logsumexp(-1).double()
+            log_q = logits.gather(1, targets)[:, 0] - total
+            cross = (hidden.double() * base.mean).sum(-1) - total
+            found["log_ppl"].append((base.log_p - log_q).numpy())
+            found["kld"].append((base.negentropy - cross).numpy())
+            found["same_top"].append((base.top == logits.argmax(-1)).numpy())
         measured = {name: np.concatenate(parts) for name, parts in found.items()}
         means = {name: float(values.mean()) for name, values in measured.items()}
         errors = {
@@ -301,21 +306,36 @@ def _with_spread(values: Sequence[float]) -> str:
 
 
 def _equal_bytes(rows: list[dict[str, Any]]) -> None:
-    """Means over the seeds of what stores more than the kept experts, or keeps more experts."""
+    """Means over the seeds; low-rank novices also as a share of MoNE with as many bytes or more."""
     print("\n**Equal bytes: low-rank novices, and constants with more experts kept**\n")
-    print("| removed | novices | stored | log-ppl increase | KL divergence |")
-    print("|---|---|--:|--:|--:|")
+    print("| removed | novices | stored | log-ppl increase | of MoNE | KL divergence | of MoNE |")
+    print("|---|---|--:|--:|--:|--:|--:|")
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        if row["removed"] or low_rank(row["replacement"]):
-            key = ("ratio", "method", "replacement", "removed")
-            groups.setdefault(tuple(row[k] for k in key), []).append(row)
+        key = tuple(row[name] for name in ("ratio", "method", "replacement", "removed"))
+        groups.setdefault(key, []).append(row)
     for (ratio, method, replacement, removed), found in sorted(groups.items()):
+        if not (removed or low_rank(replacement)):
+            continue
         label = f"{replacement}, {removed} removed a layer" if removed else replacement
-        stored = statistics.mean(row["stored"] for row in found)
-        measured = (_with_spread([row[name] for row in found]) for name in MEASURES)
-        cells = (f"{ratio:.0%}", f"`{method}` {label}", f"{stored:.1%}", *measured)
+        size = _mean(found, "stored")
+        cells = [f"{ratio:.0%}", f"`{method}` {label}", f"{size:.1%}"]
+        larger = [
+            group
+            for key, group in groups.items()
+            if key[:3] == (ratio, *RIVALS[0]) and _mean(group, "stored") >= size
+        ]
+        for name in MEASURES:
+            share = ""
+            if larger and not removed:
+                rival = min(larger, key=lambda group: _mean(group, "stored"))
+                share = f"{_mean(found, name) / _mean(rival, name):.2f}"
+            cells += [_with_spread([row[name] for row in found]), share]
         print(f"| {' | '.join(cells)} |")
+
+
+def _mean(rows: Sequence[dict[str, Any]], name: str) -> float:
+    return statistics.mean(row[name] for row in rows)
 
 
 def compare(paths: Sequence[Path]) -> None:
