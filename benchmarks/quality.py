@@ -81,17 +81,32 @@ class Scorer:
     def __init__(self, network: Any, chunks: "Tensor") -> None:
         self.chunks, self.first = chunks, chunks.shape[1] // UNSCORED
         self.head = network.get_output_embeddings().weight.detach()
+        self._check_head(network)
         self.base: list[Predictions] = []
-        for hidden, targets, logits in self._scored(network):
-            log_p = logits.log_softmax(-1)
-            mean, total = log_p.exp() @ self.head, logits.logsumexp(-1).double()
+        for hidden, logits, total, log_p in self._scored(network):
+            mean = (logits - total[:, None]).exp() @ self.head
             negentropy = (hidden.double() * mean).sum(-1) - total
-            log_p = log_p.gather(1, targets)[:, 0]
             self.base.append(Predictions(log_p, negentropy, mean, logits.argmax(-1)))
         self.log_ppl = -float(np.concatenate([b.log_p.double().numpy() for b in self.base]).mean())
 
-    def _scored(self, network: Any) -> "Iterator[tuple[Tensor, Tensor, Tensor]]":
-        """Some rows at a time: hidden states [rows, width], next tokens [rows, 1], logits."""
+    def _check_head(self, network: Any) -> None:
+        """Some models scale, cap or shift their logits: they are not `W h`."""
+        import torch
+
+        ids = self.chunks[:1, :2]
+        with torch.inference_mode():
+            ours = network.base_model(input_ids=ids, use_cache=False)[0] @ self.head.T
+            theirs = network(input_ids=ids, use_cache=False).logits
+        if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3):
+            raise SystemExit("quality: the model's logits are more than its head's matrix")
+
+    def _scored(self, network: Any) -> "Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]":
+        """Some rows at a time.
+
+        Yields:
+            hidden states [rows, width], logits [rows, vocabulary], their logsumexp [rows], and
+            log-probabilities [rows] of the tokens that come.
+        """
         import torch
 
         with torch.inference_mode():
@@ -100,16 +115,18 @@ class Scorer:
                 hidden = hidden[:, self.first : -1].flatten(0, 1)
                 targets = ids[:, self.first + 1 :].reshape(-1, 1)
                 for rows, wanted in zip(hidden.split(ROWS), targets.split(ROWS), strict=True):
-                    yield rows, wanted, rows @ self.head.T
+                    logits = rows @ self.head.T
+                    total = logits.logsumexp(-1)
+                    yield rows, logits, total, logits.gather(1, wanted)[:, 0] - total
 
     def score(self, network: Any) -> dict[str, float]:
         """Of a pruned model, against the unpruned one."""
         found: dict[str, list[Any]] = {"log_ppl": [], "kld": [], "same_top": []}
-        for base, (hidden, targets, logits) in zip(self.base, self._scored(network), strict=True):
-            total = logits.logsumexp(-1).double()
-            log_q = logits.gather(1, targets)[:, 0] - total
+        for base, (hidden, logits, total, log_q) in zip(
+            self.base, self._scored(network), strict=True
+        ):
             cross = (hidden.double() * base.mean).sum(-1) - total
-            found["log_ppl"].append((base.log_p - log_q).numpy())
+            found["log_ppl"].append((base.log_p - log_q).double().numpy())
             found["kld"].append((base.negentropy - cross).numpy())
             found["same_top"].append((base.top == logits.argmax(-1)).numpy())
         measured = {name: np.concatenate(parts) for name, parts in found.items()}
@@ -325,10 +342,10 @@ def _equal_bytes(rows: list[dict[str, Any]]) -> None:
             for key, group in groups.items()
             if key[:3] == (ratio, *RIVALS[0]) and _mean(group, "stored") >= size
         ]
+        rival = min(larger, key=lambda group: _mean(group, "stored"), default=None)
         for name in MEASURES:
             share = ""
-            if larger and not removed:
-                rival = min(larger, key=lambda group: _mean(group, "stored"))
+            if rival and not removed:
                 share = f"{_mean(found, name) / _mean(rival, name):.2f}"
             cells += [_with_spread([row[name] for row in found]), share]
         print(f"| {' | '.join(cells)} |")
