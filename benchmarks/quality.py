@@ -60,34 +60,41 @@ MEASURES = {"log_ppl": "Increase of the log-perplexity", "kld": "KL divergence"}
 
 
 class Predictions(NamedTuple):
-    """What the unpruned model makes of some tokens; a divergence from it needs no more."""
+    """What the unpruned model makes of the scored tokens; a divergence from it needs no more."""
 
-    log_p: "Tensor"  # [rows] of the tokens that come
-    negentropy: "Tensor"  # [rows] sum of p log p over the vocabulary
-    mean: "Tensor"  # [rows, width] rows of the head, weighed by p
-    top: "Tensor"  # [rows] the most likely tokens
+    log_p: "Tensor"  # [tokens] of the tokens that come
+    negentropy: "Tensor"  # [tokens] sum of p log p over the vocabulary
+    mean: "Tensor"  # [tokens, width] rows of the head, weighed by p
+    top: "Tensor"  # [tokens] the most likely tokens
 
 
 class Scorer:
     """Chunks of a text, and what the unpruned model makes of them.
 
     With hidden states h, head W and q = softmax(W h), the divergence from the unpruned model is
-    `sum p log p - sum p log q`, the second sum `h (p W) - logsumexp(W h)`.
+    `sum p log p - sum p log q`, the second sum `h (p W) - logsumexp(W h)`. What is kept
+    has its place before the first pass: small results among large logits break up the heap.
 
     Args:
         chunks: [chunks, n_ctx] token ids; all but the first `n_ctx / UNSCORED` of each are scored.
     """
 
     def __init__(self, network: Any, chunks: "Tensor") -> None:
+        import torch
+
         self.chunks, self.first = chunks, chunks.shape[1] // UNSCORED
         self.head = network.get_output_embeddings().weight.detach()
         self._check_head(network)
-        self.base: list[Predictions] = []
-        for hidden, logits, total, log_p in self._scored(network):
-            mean = (logits - total[:, None]).exp() @ self.head
-            negentropy = (hidden.double() * mean).sum(-1) - total
-            self.base.append(Predictions(log_p, negentropy, mean, logits.argmax(-1)))
-        self.log_ppl = -float(np.concatenate([b.log_p.double().numpy() for b in self.base]).mean())
+        self.tokens = len(chunks) * (chunks.shape[1] - self.first - 1)
+        negentropy, log_p = torch.empty(2, self.tokens, dtype=torch.float64)
+        mean = torch.empty(self.tokens, self.head.shape[1])
+        top = torch.empty(self.tokens, dtype=torch.int64)
+        self.base = base = Predictions(log_p, negentropy, mean, top)
+        for rows, hidden, logits, total, found in self._scored(network):
+            base.log_p[rows], base.top[rows] = found, logits.argmax(-1)
+            base.mean[rows] = logits.sub_(total[:, None]).exp_() @ self.head
+            base.negentropy[rows] = (hidden.double() * base.mean[rows]).sum(-1) - total
+        self.log_ppl = -float(base.log_p.mean())
 
     def _check_head(self, network: Any) -> None:
         """Some models scale, cap or shift their logits: they are not `W h`."""
@@ -100,42 +107,43 @@ class Scorer:
         if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3):
             raise SystemExit("quality: the model's logits are more than its head's matrix")
 
-    def _scored(self, network: Any) -> "Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]":
-        """Some rows at a time.
+    def _scored(self, network: Any) -> "Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]":
+        """Some tokens at a time.
 
         Yields:
-            hidden states [rows, width], logits [rows, vocabulary], their logsumexp [rows], and
-            log-probabilities [rows] of the tokens that come.
+            which tokens, hidden states [rows, width], logits [rows, vocabulary] (until the next),
+            their logsumexp [rows], and log-probabilities [rows] of the tokens that come.
         """
         import torch
 
+        done, buffer = 0, torch.empty(ROWS, len(self.head))
         with torch.inference_mode():
             for ids in self.chunks.split(max(1, BATCH_TOKENS // self.chunks.shape[1])):
                 hidden = network.base_model(input_ids=ids, use_cache=False)[0]
                 hidden = hidden[:, self.first : -1].flatten(0, 1)
                 targets = ids[:, self.first + 1 :].reshape(-1, 1)
-                for rows, wanted in zip(hidden.split(ROWS), targets.split(ROWS), strict=True):
-                    logits = rows @ self.head.T
+                for part, wanted in zip(hidden.split(ROWS), targets.split(ROWS), strict=True):
+                    logits = torch.mm(part, self.head.T, out=buffer[: len(part)])
                     total = logits.logsumexp(-1)
-                    yield rows, logits, total, logits.gather(1, wanted)[:, 0] - total
+                    log_p = logits.gather(1, wanted)[:, 0] - total
+                    yield slice(done, done + len(part)), part, logits, total, log_p
+                    done += len(part)
 
     def score(self, network: Any) -> dict[str, float]:
         """Of a pruned model, against the unpruned one."""
-        found: dict[str, list[Any]] = {"log_ppl": [], "kld": [], "same_top": []}
-        for base, (hidden, logits, total, log_q) in zip(
-            self.base, self._scored(network), strict=True
-        ):
-            cross = (hidden.double() * base.mean).sum(-1) - total
-            found["log_ppl"].append((base.log_p - log_q).double().numpy())
-            found["kld"].append((base.negentropy - cross).numpy())
-            found["same_top"].append((base.top == logits.argmax(-1)).numpy())
-        measured = {name: np.concatenate(parts) for name, parts in found.items()}
+        base = self.base
+        measured = {name: np.empty(self.tokens) for name in ("log_ppl", "kld", "same_top")}
+        for rows, hidden, logits, total, log_q in self._scored(network):
+            cross = (hidden.double() * base.mean[rows]).sum(-1) - total
+            measured["log_ppl"][rows] = base.log_p[rows] - log_q
+            measured["kld"][rows] = base.negentropy[rows] - cross
+            measured["same_top"][rows] = base.top[rows] == logits.argmax(-1)
         means = {name: float(values.mean()) for name, values in measured.items()}
         errors = {
             f"{name}_stderr": float(values.std() / math.sqrt(len(values)))
             for name, values in measured.items()
         }
-        return means | errors | {"tokens": len(measured["kld"])}
+        return means | errors | {"tokens": self.tokens}
 
 
 @dataclass(frozen=True)
