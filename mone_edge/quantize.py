@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from mone_edge import probe, runtime
 from mone_edge.conversion import UNQUANTISED, packages
-from mone_edge.errors import MoneEdgeError, UsageError
+from mone_edge.errors import MoneEdgeError, RuntimeMissing, UsageError
 from mone_edge.imatrix import Imatrix, write_imatrix
 from mone_edge.low_rank import NOVICE_BLOCK, stored_rank
 from mone_edge.model_file import Array, Chunk, LazyTensor, ModelFile
@@ -159,12 +159,15 @@ def require_loadable(model: ModelFile, name: str) -> None:
 
     Raises:
         MoneEdgeError: it would refuse a file with this header.
+        RuntimeMissing: the patched llama.cpp is not built.
     """
     with tempfile.TemporaryDirectory(prefix="mone-edge-") as folder:
         header = Path(folder) / "header.gguf"
         _write_header_only(model, header)
         try:
             probe.require_loadable(header)
+        except RuntimeMissing:
+            raise
         except MoneEdgeError as error:
             why = str(error).replace(str(header), "the result")
             raise MoneEdgeError(f"{name}: config.json and weights do not agree: {why}") from error

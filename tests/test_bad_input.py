@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from mone_edge import runtime
 from mone_edge.cli import COMMANDS, run
 from mone_edge.errors import Resumable
 from mone_edge.paths import cache_dir
@@ -367,6 +368,14 @@ def test_a_cache_folder_of_nobody_is_a_folder(
 
 def test_folders_made_for_nothing_go_again(refuses: Refused) -> None:
     refuses("plan", "nothing", "-o", "new/deep/p.json", told="no statistics file nothing")
+
+
+def test_a_runtime_that_is_not_in_this_environment(
+    refuses: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "installed_library", lambda: None)
+    hint = "not installed; type: mone-edge runtime build"
+    refuses(*CONVERT, *OUT, told=f"mone-edge: the patched llama-cpp-python is {hint}")
 
 
 def test_full_disk(
