@@ -4,10 +4,13 @@ In: `org/name[@revision]`. Out: a folder. Knows nothing about what is in it.
 """
 
 import logging
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from mone_edge.documents import reason
 from mone_edge.errors import MoneEdgeError
+from mone_edge.paths import cache_dir, exists
 
 HUB_FILES = ("*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja", "*.txt", "README.md")
 
@@ -29,7 +32,7 @@ def stay_offline() -> None:
 
 
 def download(model: str, *, offline: bool) -> Path:
-    """The model's folder: config, tokenizer and safetensors only.
+    """The model's folder, under the model's name: config, tokenizer and safetensors only.
 
     Raises:
         MoneEdgeError: there is no such model or revision, it is gated, or cannot be reached.
@@ -74,4 +77,22 @@ def download(model: str, *, offline: bool) -> Path:
         ) from error
     except (HfHubHTTPError, OSError) as error:
         raise MoneEdgeError(f"cannot fetch {model} from the hub: {reason(error)}") from error
-    return Path(folder)
+    return _named(Path(folder), repo.rpartition("/")[2])
+
+
+def _named(snapshot: Path, name: str) -> Path:
+    """A link to the snapshot; or the snapshot itself, where no link can be made.
+
+    In the hub's cache a folder is named by its commit, and from the folder's name llama.cpp's
+    converter takes the model's name and version (of DeepSeek V4 the chat template too).
+    """
+    link = cache_dir() / "hub" / snapshot.name / name
+    with suppress(OSError):
+        if not exists(link) or not link.samefile(snapshot):
+            link.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=link.parent) as place:
+                made = Path(place) / name
+                made.symlink_to(snapshot.absolute(), target_is_directory=True)
+                made.replace(link)
+        return link
+    return snapshot

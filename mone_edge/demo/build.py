@@ -167,5 +167,5 @@ def model_dir(*, offline: bool = False) -> Path:
             "install mone-edge again"
         )
     key = f"{dense.WHEEL_SHA256[:12]}-{found[:12]}-{TENSORS_SHA256[:12]}"
-    target = cache_dir() / "demo" / f"mone-edge-demo-{key}"
+    target = cache_dir() / "demo" / key / "mone-edge-demo"
     return dense.build_folder(target, lambda folder: fill_model_dir(folder, offline=offline))
