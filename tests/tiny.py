@@ -11,8 +11,10 @@ from typing import Any
 
 MODEL_TYPES = ("qwen2_moe", "olmoe", "qwen3_moe", "mixtral")
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embeddings.weight")
-ROUTERS = ("gate.weight", "router.weight", "router.layer.weight", "router.classifier.weight")
-ROUTERS += ("router.proj.weight", "router.gate.weight")
+ROUTERS = (
+    *("gate.weight", "router.weight", "router.layer.weight", "router.classifier.weight"),
+    *("router.proj.weight", "router.gate.weight"),
+)
 CORRECTIONS = ("e_score_correction_bias", "expert_bias", "moe_statics")
 OWN_START = ("A_log", "dt_bias", ".D")
 BOS, EOS = "<s>", "</s>"
