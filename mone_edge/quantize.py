@@ -402,7 +402,7 @@ def quantized_chunks(
         if tensor.dtype != "F32":
             floats = to_float(values, tensor.dtype, tensor.shape[-1], threads)
             _require_sane(name, floats, dtype)
-        for piece, row in _matrices(floats, index, importance, len(tensor.chunks) > 1):
+        for piece, row in _matrices(floats, tensor.shape, index, importance):
             begun.append(_begin(piece.astype(np.float32, copy=False), dtype, row, threads))
             if len(begun) > IN_WORK:
                 yield begun.popleft()()
@@ -425,13 +425,12 @@ def _require_sane(name: str, values: Array, dtype: str) -> None:
 
 
 def _matrices(
-    values: Array, index: int, importance: Array | None, stacked: bool
+    values: Array, shape: tuple[int, ...], index: int, importance: Array | None
 ) -> Iterator[tuple[Array, Array | None]]:
-    """The matrices of a chunk, each with the importance of its columns."""
-    columns = values.shape[-1]
+    """The matrices of a tensor's chunk, each with the importance of its columns."""
     if importance is None or importance.ndim == 1:
-        yield values.reshape(-1, columns), importance
-    elif stacked:
-        yield values.reshape(-1, columns), importance[index]
-    else:
-        yield from zip(values, importance, strict=True)
+        yield values.reshape(-1, shape[-1]), importance
+    else:  # experts, one or all of them
+        experts = values.reshape(-1, *shape[-2:])
+        first = index * len(experts)
+        yield from zip(experts, importance[first : first + len(experts)], strict=True)
