@@ -108,7 +108,7 @@ def open_checkpoint(
     metadata = {k: v for part in model.gguf_writer.kv_data for k, v in part.items()}
     arch = gguf.MODEL_ARCH_NAMES[model.model_arch]
     tensors = _without_padding(tensors, source)
-    return ModelFile(arch, metadata, tensors, functools.partial(_module_tensor, model))
+    return ModelFile(arch, metadata, tensors, functools.partial(_weight_columns, model))
 
 
 def _converted(
@@ -179,12 +179,23 @@ def _prepare_metadata(model: Any, source: Checkpoint) -> None:
         ) from error
 
 
-def _module_tensor(model: Any, module: str) -> str | None:
+def _weight_columns(model: Any, module: str, values: Array) -> tuple[str, Array]:
+    """See `ModelFile.weight_columns`: with the package's names, and where it moves columns."""
+    import torch
+
+    item = model.filter_tensors((f"{module}.weight", lambda: None))
+    if item is None:
+        return "", values
+    name = item[0]
     try:
-        name: str = model.map_tensor_name(f"{module}.weight")
+        tensor: str = model.map_tensor_name(name)
     except ValueError:
-        return None
-    return name
+        return "", values
+    if ".linear_attn.out_proj." in name:  # heads of a delta net, in the order of their states
+        row = torch.from_numpy(values)[None]
+        ((_, moved),) = model.modify_tensors(row, name, int(re.findall(r"\.(\d+)\.", name)[0]))
+        values = moved[0].numpy()
+    return tensor, values
 
 
 @contextmanager

@@ -98,7 +98,7 @@ class GgufSource(Source):
             self.architecture,
             {k: _value(e) for k, e in metadata.items() if k not in CONTAINER_KEYS and _any(e)},
             {name: _lazy(ref) for name, ref in self.tensors.items()},
-            lambda module: module,
+            lambda module, values: (module, values),
         )
 
     def tokenizer(self) -> "Tokenizer":

@@ -31,9 +31,10 @@ def imatrix_from_stats(model: ModelFile, stats: ExpertStats) -> dict[str, Array]
     """
     found: dict[str, Array] = {}
     for module, linear in stats.linears.items():
-        name = model.module_tensor(module)
-        if name in model.tensors and model.tensors[name].shape[-1] == len(linear.input_sq_sum):
-            found[name] = _mean(linear.input_sq_sum, np.array(linear.count))
+        mean = _mean(linear.input_sq_sum, np.array(linear.count))
+        name, columns = model.weight_columns(module, mean)
+        if name in model.tensors and model.tensors[name].shape[-1] == len(columns):
+            found[name] = columns
     for layer, measured in stats.layers.items():
         inputs = _mean(measured.input_sq_sum, measured.count[:, None])
         inner = _mean(measured.inner_sq_sum, measured.count[:, None])

@@ -66,7 +66,9 @@ class ModelFile:
     arch: str
     metadata: dict[str, Any]
     tensors: dict[str, LazyTensor]
-    module_tensor: Callable[[str], str | None]  # checkpoint module name -> GGUF tensor name
+    # module of the checkpoint, a number for each column of its weight -> name of its tensor, empty
+    # where there is none, and the numbers in the order of that tensor's columns
+    weight_columns: Callable[[str, Array], tuple[str, Array]]
 
     def value(self, key: str, default: Any = None) -> Any:
         """A metadata value; `{arch}` in the key is filled in."""
