@@ -23,13 +23,15 @@ from numpy.typing import NDArray
 from mone_edge import skipping
 from mone_edge.errors import MoneEdgeError, UsageError
 from mone_edge.evaluate import file_bytes, read_text
+from mone_edge.gguf_header import read_header
 from mone_edge.llama import GgufModel, check_gguf
 from mone_edge.probe import require_loadable
 from mone_edge.scoring import Progress, silent
 
-# llama.cpp's names of the chosen expert ids of a block, and of which are run (1 or 0) where some
-# may be skipped; a copy or a view has more behind its name
-ROUTED, RUN = re.compile(r"ffn_moe_topk-(\d+)"), re.compile(r"ffn_moe_run-\d+")
+# llama.cpp's names of the chosen expert ids of a block, as the router counts and, where the file
+# has its experts in another order, then as it stores them; and of which are run (1 or 0) where
+# some may be skipped; a copy or a view has more behind its name
+ROUTED, RUN = re.compile(r"ffn_moe_(topk|slots)-(\d+)"), re.compile(r"ffn_moe_run-\d+")
 HIT_RATIO_TOKENS = 2048
 CHUNK_TOKENS = 256  # bounds the logits of a large vocabulary, which are not needed
 MAX_POLL_SECONDS = 0.05
@@ -226,14 +228,21 @@ class SlotCounter:
         self.slots = 0
         self.hits = 0
         self.skipped = 0
+        self._as_routed: dict[int, int] = {}  # hits of a block's last tokens by the router's ids
 
     def wants(self, name: str) -> bool:
         return bool(ROUTED.fullmatch(name) or RUN.fullmatch(name))
 
     def see(self, name: str, values: NDArray[Any]) -> None:
         if match := ROUTED.fullmatch(name):
-            self.slots += values.size  # [tokens, top_k]
-            self.hits += int(np.count_nonzero(values >= self.kept[int(match[1])]))
+            block = int(match[2])
+            hits = int(np.count_nonzero(values >= self.kept[block]))  # of [tokens, top_k]
+            if match[1] == "topk":
+                self.slots += values.size
+                self.hits += hits
+                self._as_routed[block] = hits
+            else:
+                self.hits += hits - self._as_routed[block]
         else:
             self.skipped += int(np.count_nonzero(values == 0))
 
@@ -259,8 +268,7 @@ def count_slots(path: Path, text: str | None = None, *, threads: int | None = No
     counter = SlotCounter()
     with GgufModel(path, n_ctx=CHUNK_TOKENS, threads=threads, watcher=counter) as model:
         counter.kept = {layer: model.kept_experts(layer) for layer in range(model.layers)}
-        experts = model.num_experts
-        pruned = any(0 < kept < experts for kept in counter.kept.values())
+        pruned = read_header(path).value("{arch}.expert_kept_count")
         if not pruned and not skipping.threshold_of(path):
             return counter
         ids = model.token_ids(_default_text() if text is None else text)[:HIT_RATIO_TOKENS]

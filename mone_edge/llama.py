@@ -175,6 +175,12 @@ class GgufModel:
         return int(self._api.llama_vocab_bos(self._vocab))
 
     @property
+    def start_id(self) -> int | None:
+        """BOS, whether the tokenizer adds it or not; without one EOS."""
+        found = int(self._api.llama_vocab_bos(self._vocab))
+        return found if found >= 0 else self.eos_id
+
+    @property
     def eos_id(self) -> int | None:
         """The id that ends a text, or None if the model has none."""
         found = int(self._api.llama_vocab_eos(self._vocab))
@@ -201,12 +207,6 @@ class GgufModel:
     def layers(self) -> int:
         """Blocks of the model."""
         return int(self._api.llama_model_n_layer(self._model))
-
-    @property
-    def num_experts(self) -> int:
-        """Width of the router; 0 for a dense model."""
-        architecture = self.metadata("general.architecture")
-        return int(self.metadata(f"{architecture}.expert_count") or 0)
 
     def metadata(self, key: str) -> str:
         """A scalar of the GGUF's header as text, empty where there is none (or it is an array)."""

@@ -82,6 +82,8 @@ def test_counter_counts_slots_and_hits() -> None:
     counter.see("ffn_moe_topk-0", np.array([[0, 1], [2, 3]]))
     counter.see("ffn_moe_topk-1", np.array([[2, 1], [7, 0]]))
     assert (counter.hits, counter.slots, counter.hit_ratio) == (3, 8, 3 / 8)
+    counter.see("ffn_moe_slots-1", np.array([[1, 0], [3, 1]]))  # the last ids as they are stored
+    assert (counter.hits, counter.slots) == (2, 8)
     assert counter.wants("ffn_moe_run-1")
     assert not counter.wants("ffn_moe_run_ids-1")
     assert not counter.wants("ffn_moe_topk-1 (copy)")
