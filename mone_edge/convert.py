@@ -432,3 +432,11 @@ def experts_kept(model: ModelFile) -> tuple[int, ...]:
         elif f"blk.{layer}.ffn_gate_inp.weight" in model.tensors:
             counts.append(0)
     return tuple(counts)
+
+
+def moe_layers(model: ModelFile) -> list[int]:
+    """Indices of the blocks that have experts, less those at the end that predict further tokens:
+    no statistics are of them."""
+    layers = model.num_layers - int(model.value("{arch}.nextn_predict_layers", 0))
+    names = (EXPERT_TENSOR.format(layer=i, part="down") for i in range(layers))
+    return [layer for layer, name in enumerate(names) if name in model.tensors]

@@ -291,10 +291,9 @@ def _shape_of_novices(plan: PrunePlan, stats: ExpertStats, model: ModelFile) -> 
 
 def _shape_of_stats(source: Source, model: ModelFile) -> ExpertStats:
     layers: dict[int, LayerStats] = {}
-    for layer in range(model.num_layers):
-        down = model.tensors.get(convert.EXPERT_TENSOR.format(layer=layer, part="down"))
-        if down is not None:
-            layers[layer] = empty_layer(*down.shape, top_k=source.top_k)
+    for layer in convert.moe_layers(model):
+        down = model.tensors[convert.EXPERT_TENSOR.format(layer=layer, part="down")]
+        layers[layer] = empty_layer(*down.shape, top_k=source.top_k)
     return ExpertStats(
         Provenance(source.name, source.base_fingerprint, source.architecture), layers
     )

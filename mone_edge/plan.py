@@ -318,9 +318,9 @@ def parse_layers(text: str, layers: Sequence[int]) -> tuple[int, ...]:
             raise UsageError(f"--protect {part}: write layers like 0,2-4,-1") from None
         wanted = [layer for layer in layers if start <= layer <= stop]
         if start not in layers or stop not in layers or not wanted:
-            raise UsageError(
-                f"--protect {part}: the MoE layers of this model are {layers[0]} to {layers[-1]}"
-            )
+            gaps = len(layers) <= layers[-1] - layers[0]
+            known = ", ".join(map(str, layers)) if gaps else f"{layers[0]} to {layers[-1]}"
+            raise UsageError(f"--protect {part}: the MoE layers of this model are {known}")
         chosen.update(wanted)
     return tuple(sorted(chosen))
 

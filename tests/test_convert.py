@@ -4,6 +4,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ from gguf import GGUFReader
 from mone_edge import cli, convert, novices, runtime
 from mone_edge import imatrix as imatrices
 from mone_edge.errors import MoneEdgeError
-from mone_edge.plan import make_plan
+from mone_edge.plan import PrunePlan, make_plan
 from mone_edge.recipe import Recipe
 from mone_edge.recipe import load as load_recipe
 from mone_edge.source import Source, resolve
-from tests import tiny
+from tests import architectures, tiny
 from tests.conftest import Calibrated
 
 pytestmark = pytest.mark.usefixtures("built_runtime")
@@ -129,6 +130,20 @@ def test_our_importance_matrix_quantises_as_llama_quantize_does_with_it(
     assert {f"blk.1.{name}.weight" for name in expected} <= imatrix.keys()
 
 
+@pytest.mark.parametrize("kept", [(3,), (1, 6)])
+def test_kept_experts_are_quantised_with_their_own_importance(
+    kept: tuple[int, ...], calibrated: Calibrate, tmp_path: Path
+) -> None:
+    model = calibrated("olmoe")
+    plan = make_plan(model.stats, prune_ratio=0.5)
+    plan = replace(plan, kept={**plan.kept, 1: kept})
+    whole = arrays(run(model.source, tmp_path / "whole.gguf", "Q4_0", stats=model.stats))
+    pruned = run(model.source, tmp_path / "p.gguf", "Q4_0", plan=plan, stats=model.stats)
+    for part in ("gate", "up", "down"):
+        name = f"blk.1.ffn_{part}_exps.weight"
+        np.testing.assert_array_equal(arrays(pruned)[name], whole[name][list(kept)])
+
+
 @pytest.mark.parametrize("outtype", ["F32", "Q8_0"])
 @pytest.mark.parametrize("model_type", tiny.MODEL_TYPES)
 def test_pruned_tensors_are_slices_of_the_unpruned_ones(
@@ -225,6 +240,25 @@ def test_a_recipe_may_say_one_value_where_a_list_is_meant(tmp_path: Path) -> Non
     }  # fmt: skip
     file.write_text("protect: 0,2-4")
     assert load_recipe(file) == {"protect": "0,2-4"}
+
+
+@pytest.mark.parametrize("protect", ["-2", "1", "1-1"])
+def test_convert_protects_the_layers_that_plan_does(
+    protect: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four blocks, of which the second and the last have experts."""
+    monkeypatch.chdir(tmp_path)
+    architectures.make("jamba", Path("jamba"))
+    Path("text.txt").write_text(tiny.TEXT * 2)
+    text = ["--data", "text.txt", "--samples", "4", "--seq-len", "64"]
+    half = ["--prune-ratio", "0.5", f"--protect={protect}"]
+    assert cli.run(["stats", "jamba", "-o", "s.st", *text]) == 0
+    assert cli.run(["plan", "s.st", *half, "-o", "p.json"]) == 0
+    assert {i: len(ids) for i, ids in PrunePlan.load(Path("p.json")).kept.items()} == {1: 8, 3: 4}
+    one_go = ["convert", "jamba", *half, "--stats", "s.st", "--tokenizer-pre", "gpt-2"]
+    assert cli.run([*one_go, "--outtype", "F32", "-o", "one.gguf"]) == 0
+    made = arrays(Path("one.gguf"))
+    assert [len(made[f"blk.{i}.ffn_down_exps.weight"]) for i in (1, 3)] == [8, 4]
 
 
 def test_a_pruned_expert_is_never_read(calibrated: Calibrate, tmp_path: Path) -> None:

@@ -109,8 +109,9 @@ def command(
     mone-edge convert demo --prune-ratio 0.25 --ppl text.txt --chunks 16 --max-kld 0.3
     """
     from mone_edge import convert, pipeline
+    from mone_edge import recipe as recipes
     from mone_edge.paths import expand
-    from mone_edge.plan import PrunePlan
+    from mone_edge.plan import PrunePlan, parse_layers
     from mone_edge.routers import norm_changes
     from mone_edge.source import Checkpoint, resolve
     from mone_edge.stats import ExpertStats
@@ -125,7 +126,8 @@ def command(
     if isinstance(source, Checkpoint) and source.is_pruned:
         plan = inside = _plan_inside(ctx, source, plan_file)
     measured_on = (plan and plan.calibration) or measured_on
-    chosen = _recipe(ctx, source, options, recipe, measured_on)
+    saved = recipes.load(recipe) if recipe else {}
+    chosen = _recipe(ctx, source, options, saved, measured_on)
     chosen = dataclasses.replace(chosen, outtype=_file_types(source, chosen.outtype))
     for warning in (_quantised_twice(source, chosen.outtype), _skipping_lost(source, chosen)):
         if warning:
@@ -153,6 +155,10 @@ def command(
     measured_before = not chosen.prune_ratio or bool(plan or stats)
     require_inputs(source, chosen, novices, how, measured=measured_before)
     whole = source.open(tokenizer_pre=chosen.tokenizer_pre)
+    protect = _value(ctx, options, saved, "protect")
+    if isinstance(protect, str) and not plan:
+        layers = parse_layers(protect, convert.moe_layers(whole))
+        chosen = dataclasses.replace(chosen, protect=layers)
     change = norm_changes(source, pretrained) if pretrained else None
     rehearsal = pipeline.rehearse(source, whole, chosen, outfiles, plan, change)
     convert.require_space(rehearsal)
@@ -191,45 +197,40 @@ def command(
     judgement.require_good(costs)
 
 
+def _value(ctx: click.Context, options: dict[str, Any], saved: dict[str, Any], name: str) -> Any:
+    """An option of the command line, else of the recipe file, else its default."""
+    return options[name] if _given(ctx, name) or saved.get(name) is None else saved[name]
+
+
 def _recipe(
     ctx: click.Context,
     source: "Source",
     options: dict[str, Any],
-    file: Path | None,
+    saved: dict[str, Any],
     measured: "Calibration | None",
 ) -> "Recipe":
-    """Options given on the command line, then those of the recipe file, then the defaults.
+    """The options and the recipe file as one recipe; of the layers to protect only numbers, for
+    which they are is known once the model is open.
 
     Args:
+        saved: what the recipe file says.
         measured: what the statistics that are used read; goes before the calibration's defaults.
     """
     from mone_edge import recipe as recipes
-    from mone_edge.plan import parse_layers
     from mone_edge.quantize import KEEP
 
-    saved = recipes.load(file) if file else {}
-
-    def value(name: str) -> Any:
-        chosen = options[name] if _given(ctx, name) or saved.get(name) is None else saved[name]
-        is_list = name in ("outtype", "tensor_type")
-        return (
-            tuple([chosen] if is_list and isinstance(chosen, str) else chosen)
-            if is_list
-            else chosen
-        )
-
     calibration = chosen_calibration(ctx, measured, saved.get("calibration"))
-    names = [f.name for f in dataclasses.fields(recipes.Recipe)]
-    fields = {n: value(n) for n in names if n in options and n != "protect"}
+    names = [f.name for f in dataclasses.fields(recipes.Recipe) if f.name in options]
+    fields = {name: _value(ctx, options, saved, name) for name in names}
+    for name in ("outtype", "tensor_type"):
+        given = fields[name]
+        fields[name] = (given,) if isinstance(given, str) else tuple(given)
+    protect = fields["protect"]
+    fields["protect"] = () if isinstance(protect, str) else tuple(protect)
     if source.keeps_types and not _given(ctx, "outtype"):
         fields["outtype"] = tuple(saved.get("outtype") or (KEEP,))
     fields["replacement"] = fields["replacement"] or recipes.default_replacement(fields["method"])
-    protect = value("protect")
-    if isinstance(protect, str):
-        protect = parse_layers(protect, range(source.num_layers))
-    return recipes.Recipe(
-        model=source.name, protect=tuple(protect), calibration=calibration, **fields
-    )
+    return recipes.Recipe(model=source.name, calibration=calibration, **fields)
 
 
 def _given(ctx: click.Context, name: str) -> bool:
