@@ -242,6 +242,7 @@ def _metadata(model: ModelFile, plan: PrunePlan) -> dict[str, Any]:
         "mone.replacement": value(plan.replacement, kind.STRING),
         "mone.scope": value(plan.scope, kind.STRING),
         "mone.prune_ratio": value(plan.prune_ratio, kind.FLOAT32),
+        "mone.base_expert_count": value(model.num_experts, kind.UINT32),
         "mone.stats.sha256": value(plan.stats_sha256, kind.STRING),
     }
     for layer in plan.kept:

@@ -22,7 +22,7 @@ from mone_edge.stats import ExpertStats
 
 TEMPLATE = Path(__file__).with_name("report.html")
 SUFFIXES = (".gguf", ".json", ".safetensors")
-ROUTER = "blk.{}.ffn_gate_inp.weight"
+ROUTER = ".ffn_gate_inp.weight"  # behind the name of its block
 BENCH_KEY = "tokens_per_second"
 NOTHING = "-"
 DRAWN = 50  # models; a figure of more shows nothing
@@ -157,10 +157,13 @@ def _add_gguf(models: dict[str, ModelResults], path: Path) -> None:
         raise MoneEdgeError(f"{path} does not tell in numbers how many experts it keeps")
     found = _model(models, path.name)
     found.file_bytes = sum(header.file.stat().st_size for header in headers)
-    found.experts = headers[0].count("{arch}.expert_count")
-    found.kept = tuple(  # blocks without experts have a number too
-        int(count) for block, count in enumerate(kept) if ROUTER.format(block) in names
-    )
+    stored = headers[0].count("{arch}.expert_count")
+    found.experts = max(stored, headers[0].count("mone.base_expert_count"))
+    if found.experts > stored:  # dropped or merged, as many in every block
+        found.kept = (stored,) * sum(name.endswith(ROUTER) for name in names)
+    else:  # blocks without experts have a number too
+        counts = ((f"blk.{block}{ROUTER}", n) for block, n in enumerate(kept))
+        found.kept = tuple(int(n) for router, n in counts if router in names)
     found.method = _text(headers[0].value("mone.method", ""))
     found.replacement = _text(headers[0].value("mone.replacement", ""))
 

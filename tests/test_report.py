@@ -47,6 +47,21 @@ def folder(written: tuple[Path, PrunePlan], tmp_path: Path) -> Path:
     return Path(shutil.copytree(written[0], tmp_path / "run"))
 
 
+@pytest.mark.parametrize(("method", "replacement"), [("reap", "drop"), ("hc-smoe", "merge")])
+def test_files_of_any_llama_cpp_tell_what_is_gone(
+    method: str, replacement: str, calibrated: Callable[[str], Calibrated], tmp_path: Path
+) -> None:
+    model = calibrated("olmoe")
+    plan = make_plan(model.stats, prune_ratio=0.25, method=method, replacement=replacement)
+    recipe = Recipe(model=model.source.name, imatrix="none", tokenizer_pre="gpt-2")
+    outfiles = {"F32": tmp_path / "m.gguf"}
+    convert.write(
+        convert.prepare(model.source, recipe, outfiles, plan=plan, stats=model.stats), recipe
+    )
+    (found,) = report.gather(tmp_path).models
+    assert (found.experts, found.kept, found.removed) == (8, (6, 6), 0.25)
+
+
 def put(path: Path, document: Any) -> None:
     path.write_text(json.dumps(document), encoding="utf-8")
 
