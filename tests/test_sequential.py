@@ -66,6 +66,16 @@ def saved(stats: ExpertStats, path: Path) -> bytes:
     return path.read_bytes()
 
 
+def test_weights_wider_than_the_config_says_stay_wide(tmp_path: Path) -> None:
+    folder = make_checkpoint("olmoe", tmp_path / "model", layers=LAYERS)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["dtype"] == "float32"
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    source = resolve(str(folder))
+    ours = sequential(source, Work(tmp_path / "work"))
+    assert saved(ours, tmp_path / "a") == saved(in_memory(source), tmp_path / "b")
+
+
 def stop_after(calls: int) -> object:
     left = iter(range(calls))
 

@@ -12,6 +12,7 @@ pinned in pyproject.toml.
 
 import ctypes
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
@@ -30,6 +31,7 @@ from mone_edge.source import Checkpoint
 from mone_edge.transformers_quiet import LOAD_ERRORS, quiet
 
 READ_IN_TURN = "HF_DEACTIVATE_ASYNC_LOAD"
+TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 OUTSIDE = ""  # the part of the model that is no layer: embeddings, norm, output head
 
 
@@ -44,7 +46,7 @@ class StreamedModel:
         self.source, self.device, self.dtype = source, device, dtype
         self.model = on_meta(source, dtype)
         self._head = _without_head(self.model)
-        _keep_experts_narrow(self.model, torch_dtype(stored_dtype(source.path)))
+        _keep_experts_narrow(self.model, _stored(source))
         self.layers = _layers(self.model)
         self.blocks = {
             i: self.part_of(name) for i, (name, _) in experts_modules(self.model).items()
@@ -214,6 +216,15 @@ def _without_head(model: Any) -> str:
         return ""
     head.forward = lambda states: states
     return str(next(name for name, module in model.named_modules() if module is head))
+
+
+def _stored(source: Checkpoint) -> torch.dtype:
+    """The type of most of the weights, whatever the config says; of FP8 and blocks the config's."""
+    sizes: Counter[str] = Counter()
+    for ref in source.tensors.values():
+        sizes[ref.dtype] += ref.size
+    largest = max(sizes, key=lambda dtype: sizes[dtype], default="")
+    return torch_dtype(TYPES.get(largest) or stored_dtype(source.path))
 
 
 def _keep_experts_narrow(model: Any, stored: torch.dtype) -> None:
