@@ -13,6 +13,7 @@ from mone_edge.errors import MoneEdgeError
 from mone_edge.paths import cache_dir, exists
 
 HUB_FILES = ("*.safetensors", "*.json", "tokenizer*", "*.model", "*.jinja", "*.txt", "README.md")
+OTHER_FORMS = ("*/*", "consolidated*")  # the same weights once more
 
 
 def say_less() -> None:
@@ -54,6 +55,7 @@ def download(model: str, *, offline: bool) -> Path:
             repo,
             revision=revision or None,
             allow_patterns=list(HUB_FILES),
+            ignore_patterns=list(OTHER_FORMS),
             local_files_only=offline,
         )
     except HFValidationError as error:

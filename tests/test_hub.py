@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from mone_edge.evaluate import file_bytes
+from mone_edge.hub import HUB_FILES, OTHER_FORMS
 from mone_edge.source import Checkpoint, resolve
 from tests import tiny
 
@@ -46,6 +48,21 @@ def test_the_folder_follows_the_hubs_cache(
     assert again == first
     assert list(first.parent.iterdir()) == [first]
     assert again.samefile(tmp_path / "elsewhere" / snapshot.relative_to(tmp_path / "hub"))
+
+
+def test_weights_come_once() -> None:
+    from huggingface_hub.utils import filter_repo_objects
+
+    wanted = ["config.json", "model-00001-of-00002.safetensors", "tokenizer.model", "README.md"]
+    other = ["consolidated.safetensors", "original/model.safetensors", "pytorch_model.bin"]
+    patterns = {"allow_patterns": HUB_FILES, "ignore_patterns": OTHER_FORMS}
+    assert list(filter_repo_objects([*wanted, *other], **patterns)) == wanted
+
+
+def test_weights_that_the_index_does_not_name_are_not_counted(snapshot: Path) -> None:
+    size = (snapshot / "model.safetensors").stat().st_size
+    shutil.copy(snapshot / "model.safetensors", snapshot / "consolidated.safetensors")
+    assert file_bytes(snapshot) == size
 
 
 def test_without_a_cache_the_snapshot_is_the_folder(snapshot: Path, tmp_path: Path) -> None:

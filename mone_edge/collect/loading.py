@@ -15,6 +15,7 @@ from mone_edge import machine
 from mone_edge.config import read_config
 from mone_edge.documents import reason
 from mone_edge.errors import MoneEdgeError, UsageError
+from mone_edge.safetensors_header import shards
 from mone_edge.source import PRUNED_METHOD
 from mone_edge.transformers_quiet import LOAD_ERRORS, quiet
 
@@ -131,7 +132,7 @@ def stored_dtype(model_dir: Path) -> str:
 
 
 def _weight_bytes(model_dir: Path) -> int:
-    return sum(file.stat().st_size for file in model_dir.glob("*.safetensors"))
+    return sum(file.stat().st_size for file in shards(model_dir))
 
 
 def checkpoint_names(model: Any, modules: Iterable[str]) -> dict[str, list[str]]:
