@@ -45,6 +45,10 @@ class LanguageModel(Protocol):
         """The id that starts every sequence, None if the tokenizer adds none."""
 
     @property
+    def start_id(self) -> int | None:
+        """BOS, whether the tokenizer adds it or not; without one EOS."""
+
+    @property
     def context_length(self) -> int:
         """Tokens of context the model was trained with."""
 

@@ -1,8 +1,9 @@
 """Zero-shot tasks: which choice does a model find most likely after a context.
 
 In: JSONL files of `{"task", "context", "choices": [...], "answer": index}`, a `LanguageModel`.
-Out: accuracy per task, by log-likelihood (`acc`) and by log-likelihood per byte of the choice
-(`acc_norm`), as EleutherAI's lm-evaluation-harness defines them for multiple choice.
+Out: accuracy per task, by log-likelihood (`acc`, as EleutherAI's lm-evaluation-harness counts it)
+and by log-likelihood per byte of the choice (`acc_norm`; the harness's of that name is per
+character, without the space before the choice).
 """
 
 from collections import Counter
@@ -166,16 +167,19 @@ def choice_logits(
     """Logits [tokens, vocabulary] and ids of each choice; whether the context had to be cut.
 
     A choice is what its tokens add to those of the context, with both tokenised together; where
-    they merge across the border, the merged token counts as part of the choice.
+    they merge across the border, the merged token counts as part of the choice. Without a token
+    before it the model starts from BOS, or from EOS, as in lm-evaluation-harness.
     """
     context = model.token_ids(item.context)
     whole = [model.token_ids(item.context + choice) for choice in item.choices]
     shared = min(_common_prefix(context, ids) for ids in whole)
     shared = min(shared, *(len(ids) - 1 for ids in whole))
-    if shared < 1:
-        raise MoneEdgeError(f"{item.where}: the context gives no token to start from")
     branches = [ids[shared:] for ids in whole]
     prefix = context[:shared]
+    if not prefix:
+        if model.start_id is None:
+            raise MoneEdgeError(f"{item.where}: the context gives no token to start from")
+        prefix, shared = [model.start_id], 1
     excess = shared + max(map(len, branches)) - model.context_length
     if excess > 0:
         keep = 1 if prefix[0] == model.bos_id else 0

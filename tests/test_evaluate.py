@@ -268,7 +268,7 @@ def test_accuracy_follows_the_likelihoods(files: Files, tmp_path: Path) -> None:
 class Uniform:
     """A model of bytes that finds every byte equally likely, and reads at most 16."""
 
-    vocab_size, bos_id, context_length = 256, None, 16
+    vocab_size, bos_id, start_id, context_length = 256, None, None, 16
 
     def token_ids(self, text: str) -> list[int]:
         return list(text.encode())

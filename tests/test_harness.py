@@ -8,7 +8,8 @@ import pytest
 from mone_edge.errors import MoneEdgeError, UsageError
 from mone_edge.evaluate import open_model
 from mone_edge.harness import harness_model, score_harness
-from mone_edge.tasks import read_items, score_items
+from mone_edge.scoring import log_softmax
+from mone_edge.tasks import picked, read_items, score_items
 from tests import tiny
 
 TASK = """\
@@ -91,6 +92,20 @@ def test_spaces_before_a_choice_and_greedy_choices(tmp_path: Path) -> None:
     )
     assert answers[0] == answers[1]
     assert [greedy for _, greedy in answers] == [False, False, True]
+
+
+def test_without_a_context_the_model_starts_from_its_end_of_text(tmp_path: Path) -> None:
+    from lm_eval.api.instance import Instance
+
+    model = open_model(tiny.make_checkpoint("qwen2_moe", tmp_path / "model"), threads=1)
+    assert model.bos_id is None
+    ids = model.token_ids("The miller")
+    logits = model.logits([model.start_id, *ids[:-1]])
+    (answer,) = harness_model(model).loglikelihood(
+        [Instance("loglikelihood", {}, ("", "The miller"), 0)]
+    )
+    expected = picked(log_softmax(logits), ids)
+    assert answer[0] == pytest.approx(expected, rel=1e-5)
 
 
 def test_offline_keeps_the_hubs_libraries_off_the_network(
