@@ -4,7 +4,8 @@ In: statistics by layer and the choices of a plan. Out: the ids that go, by laye
 
 Scope `layer` removes the same fraction of every layer; `model` makes one ranking over all layers;
 `error` takes the same number as `model`, divided among layers such that the errors that the
-statistics predict add up to the least.
+statistics predict add up to the least, each as a share of the residual stream that it is added to.
+No layer loses more than `MOST_SHARE` times its share: the errors are those of one layer at a time.
 
 `reconstruction` is the objective of NAEE (arXiv 2402.14800) as far as statistics tell it: the set
 `p` whose removal changes the layer's output least, `sum_t ||sum_{i in p} g_i f_i||^2`, all sets
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from mone_edge.grouping import Groups, Weights
 
 JOINT, RECONSTRUCTION = SETS = ("joint", "reconstruction")  # they choose sets, not one by one
+MOST_SHARE = 1.5
 ROUTER_NORM = "router-norm"  # its scores come from the weights, not from statistics
 METHODS = (*CRITERIA, ROUTER_NORM, NOVICE_ERROR, *SETS, *MERGING)
 
@@ -73,8 +75,21 @@ class LayerChoice:
         return set(order[:count])
 
     def errors(self) -> Float:
-        """Predicted error [0..most] of removing so many."""
-        return np.array([joint.error(self.matrix, self.first(n)) for n in range(self.most + 1)])
+        """Predicted error [0..most] of removing so many: `mean ||e||^2 * mean 1 / ||h||^2` over
+        tokens, with e the error of the layer's output, h the residual stream behind the layer.
+
+        Raises:
+            UsageError: the statistics do not tell h.
+        """
+        tokens, inverse = max(self.layer.tokens, 1), self.layer.stream_inverse
+        if self.layer.tokens and (inverse is None or not inverse[0]):
+            raise UsageError(
+                f"the statistics do not tell how large block {self.index}'s errors are beside what "
+                "they are added to: use --scope layer, or measure the model again"
+            )
+        scale = 0.0 if inverse is None else float(inverse[0]) / tokens**2
+        sums = [joint.error(self.matrix, self.first(n)) for n in range(self.most + 1)]
+        return np.array(sums) * scale
 
     @cached_property
     def matrix(self) -> Float:
@@ -179,11 +194,14 @@ def _over_model(choices: Mapping[int, LayerChoice], ratio: float) -> dict[int, s
 def _least_error(choices: Mapping[int, LayerChoice], ratio: float) -> dict[int, set[int]]:
     """Counts whose predicted errors add up to the least (dynamic programming, exact)."""
     total = _count_over_model(choices, ratio)
+    most = {i: min(c.most, _share_of(c, ratio)) for i, c in choices.items()}
+    if sum(most.values()) < total:  # much is spared elsewhere
+        most = {i: c.most for i, c in choices.items()}
     best = np.full(total + 1, math.inf)
     best[0] = 0
     taken: list[np.ndarray] = []
-    for layer in choices.values():
-        errors = layer.errors()
+    for index, layer in choices.items():
+        errors = layer.errors()[: most[index] + 1]
         # [removed here, removed so far]: the error of removing so many in this layer
         options = np.full((len(errors), total + 1), math.inf)
         for count, cost in enumerate(errors[: total + 1]):
@@ -196,6 +214,11 @@ def _least_error(choices: Mapping[int, LayerChoice], ratio: float) -> dict[int, 
         pruned[index] = layer.first(count)
         total -= count
     return pruned
+
+
+def _share_of(choice: LayerChoice, ratio: float) -> int:
+    """The most experts that a layer may lose while another has some left to lose."""
+    return math.ceil(choice.layer.num_experts * ratio * MOST_SHARE - 1e-9)
 
 
 def _too_few(experts: int, left: int, floor: int, ratio: float, choice: Choice) -> str:

@@ -29,8 +29,8 @@ from mone_edge.recipe import Calibration
 from mone_edge.safetensors_header import require_safetensors
 
 FORMAT = "mone-edge-stats"
-VERSION = 3
-READABLE = (1, 2, 3)
+VERSION = 4
+READABLE = (1, 2, 3, 4)
 
 Float = NDArray[np.float64]
 Int = NDArray[np.int64]
@@ -62,6 +62,8 @@ class LayerStats:
     sample_sum: Float | None = None  # [E, D] sum f, routed to the expert or not
     sample_kernel: Float | None = None  # [E, E] ||Y_i^T Y_j||_F^2 / S, added up over merged parts
     sample_logits: Float | None = None  # [E, E] sum l_i l_j
+    # [1] sum over tokens of 1 / ||h||^2, h the residual stream that the layer leaves; 0: not seen
+    stream_inverse: Float | None = None
 
     @property
     def num_experts(self) -> int:
@@ -74,8 +76,8 @@ class LayerStats:
             values = getattr(self, name)
             if values is None and name in OPTIONAL:
                 continue
-            wide = name in (*WIDE, *PAIRS, *SAMPLED)
-            if values.shape[:1] != (experts,) or values.ndim != (2 if wide else 1):
+            wide, rows = name in (*WIDE, *PAIRS, *SAMPLED), 1 if name == STREAM else experts
+            if values.shape[:1] != (rows,) or values.ndim != (2 if wide else 1):
                 raise ValueError(f"{name} has shape {values.shape} for {experts} experts")
             if name in (*MEANS, "sample_sum") and values.shape[1] != width:
                 raise ValueError(f"{name} is {values.shape[1]} wide, not {width}")
@@ -117,6 +119,7 @@ class LayerStats:
             output_max=_both(np.maximum, self.output_max, other.output_max),
             pair_gate=_both(np.add, self.pair_gate, other.pair_gate),
             pair_error=self._merged_pair_error(other, delta, share),
+            stream_inverse=_both(np.add, self.stream_inverse, other.stream_inverse),
             **merged,
         )
 
@@ -136,7 +139,8 @@ WIDE = (*MEANS, "input_sq_sum", "inner_sq_sum")  # [E, ...], the others are [E]
 PAIRS = ("pair_gate", "pair_error")  # [E, E]
 SAMPLED = ("sample_sum", "sample_kernel", "sample_logits")  # since version 3
 SQUARE = (*PAIRS, *SAMPLED[1:])
-OPTIONAL = ("output_max", *PAIRS, *SAMPLED)  # the others since version 2
+STREAM = "stream_inverse"  # [1], since version 4
+OPTIONAL = ("output_max", *PAIRS, *SAMPLED, STREAM)  # the others since version 2
 SCALARS = ("tokens", "top_k", "sampled")
 ADDITIVE = tuple(
     f.name for f in dataclasses.fields(LayerStats) if f.name not in (*MEANS, *OPTIONAL, "top_k")
@@ -325,7 +329,7 @@ def empty_layer(experts: int, width: int, inner: int, *, top_k: int) -> LayerSta
     arrays: dict[str, Any] = {
         name: np.zeros((experts, columns[name]) if name in columns else experts)
         for name in ARRAYS
-        if name != "count"
+        if name not in ("count", STREAM)
     }
     return LayerStats(tokens=0, top_k=top_k, count=np.zeros(experts, dtype=np.int64), **arrays)
 

@@ -103,8 +103,13 @@ def test_joint_loses_least(ratio: float) -> None:
 
 
 @pytest.mark.parametrize("method", ["mone", "joint"])
-def test_error_scope_divides_the_count_best(method: str) -> None:
-    """Against every division of 8 experts among 2 layers."""
+@pytest.mark.parametrize("quiet", [False, True])
+def test_error_scope_divides_the_count_best(method: str, quiet: bool) -> None:
+    """Against every division of 8 experts among 2 layers, none of which may lose more than 6.
+
+    Args:
+        quiet: what the first layer adds to is as small as makes its errors the larger ones.
+    """
     stats = make_stats(layers=2, experts=8, seed=4)
     louder = stats.layers[1].gate_sq_sum * 9
     scaled = {name: 9 * getattr(stats.layers[1], name) for name in ("pair_error", "pair_gate")}
@@ -112,15 +117,27 @@ def test_error_scope_divides_the_count_best(method: str) -> None:
         "gate_sq_sum": louder,
         "gate_sq_norm_sq_sum": 9 * stats.layers[1].gate_sq_norm_sq_sum,
     }
-    layers = {0: stats.layers[0], 1: dataclasses.replace(stats.layers[1], **scaled)}
+    inverse = np.array([100.0 if quiet else 1.0])
+    first = dataclasses.replace(stats.layers[0], stream_inverse=inverse)
+    second = dataclasses.replace(stats.layers[1], stream_inverse=np.ones(1), **scaled)
+    layers = {0: first, 1: second}
     stats = ExpertStats(stats.provenance, layers)
     plan = make_plan(stats, prune_ratio=0.5, method=method, scope="error", replacement="mean")
     choice = Choice(method, "mean", 42, 1, {})
     errors = [LayerChoice(i, layer, choice).errors() for i, layer in layers.items()]
-    assert lost(stats, plan) == pytest.approx(
-        min(errors[0][n] + errors[1][8 - n] for n in range(1, 8))
-    )
-    assert len(plan.kept[0]) < len(plan.kept[1])
+    ours = errors[0][len(plan.pruned(0))] + errors[1][len(plan.pruned(1))]
+    assert ours == pytest.approx(min(errors[0][n] + errors[1][8 - n] for n in range(2, 7)))
+    assert (len(plan.kept[0]) > len(plan.kept[1])) == quiet
+
+
+@pytest.mark.parametrize("inverse", [None, np.zeros(1)])
+def test_error_scope_needs_what_errors_are_added_to(inverse: np.ndarray | None) -> None:
+    stats = make_stats(layers=2, experts=8)
+    layers = {
+        i: dataclasses.replace(layer, stream_inverse=inverse) for i, layer in stats.layers.items()
+    }
+    with pytest.raises(UsageError, match="use --scope layer, or measure the model again"):
+        make_plan(ExpertStats(stats.provenance, layers), method="joint", scope="error")
 
 
 def test_super_experts_stay() -> None:

@@ -18,6 +18,7 @@ from mone_edge.stats import (
     FORMAT,
     OPTIONAL,
     SAMPLED,
+    STREAM,
     ExpertStats,
     LayerStats,
     LinearStats,
@@ -79,6 +80,7 @@ def layer_from_outputs(
         output_max=np.array([np.abs(f).max(initial=0) for _, f in picked]),
         pair_gate=dense[:, :, 0].T @ dense[:, :, 0],
         pair_error=np.einsum("tid,tjd->ij", residuals, residuals),
+        stream_inverse=np.array([len(ids) / 4]),
         **sampled(experts, outputs.shape[-1], len(ids)),
     )
 
@@ -155,7 +157,7 @@ def test_pair_errors_merge_to_first_order() -> None:
     assert error < 0.02 < 3 * error < without
 
 
-@pytest.mark.parametrize(("version", "lacking"), [(1, OPTIONAL), (2, SAMPLED)])
+@pytest.mark.parametrize(("version", "lacking"), [(1, OPTIONAL), (2, (*SAMPLED, STREAM))])
 def test_files_of_older_versions_are_read(
     version: int, lacking: tuple[str, ...], tmp_path: Path
 ) -> None:

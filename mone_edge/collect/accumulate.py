@@ -6,6 +6,7 @@ its own mean, and merged into float64 sums by Chan's formula, so that long runs 
 Knows nothing about models.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,15 @@ class LayerAccumulator:
             self.sample.take(hidden, self.total.tokens if self.total else 0)
         stats = batch.finish()
         self.total = stats if self.total is None else self.total.merge(stats)
+
+    def add_stream(self, hidden: Tensor) -> None:
+        """Record what the layer made of the last batch: [B, S, ...], the residual stream."""
+        assert self.total is not None and self.total.stream_inverse is not None
+        rows = hidden.reshape(hidden.shape[0] * hidden.shape[1], -1)
+        rows = rows.to(torch.float64 if rows.dtype == torch.float64 else torch.float32)
+        norms = torch.linalg.vecdot(rows, rows)
+        inverse = _float64(1 / norms[norms > 0]).sum()
+        self.total = replace(self.total, stream_inverse=self.total.stream_inverse + inverse)
 
 
 class BatchSums:
@@ -129,6 +139,7 @@ class BatchSums:
             output_max=output_max,
             pair_gate=gates.T @ gates,
             pair_error=self._pair_error(),
+            stream_inverse=np.zeros(1),
             **columns,
         )
 

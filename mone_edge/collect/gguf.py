@@ -8,6 +8,7 @@ llama.cpp's common MoE function is seen alike. Knows nothing about criteria or p
 import re
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down|gate_up)_exps\.weight")
 RAW_OUTPUT = re.compile(r"ffn_moe_down_(?:scaled|biased)-(\d+)")  # replaces that of the product
 SCALED_OUTPUT = re.compile(r"ffn_moe_down_scaled-(\d+)")
 WEIGHTED = re.compile(r"ffn_moe_weighted-(\d+)")
+STREAM = re.compile(r"l_out-(\d+)")  # what a layer leaves
 ROUTER = re.compile(r"blk\.\d+\.ffn_gate_inp\.weight")
 HEADS = ("output.weight", "token_embd.weight")
 HEAD_INPUT = "result_norm"
@@ -183,6 +185,8 @@ class ExpertObserver:
                 return int(match[1]) in self._begun
         elif name == HEAD_INPUT:
             return bool(self._head)
+        elif match := STREAM.fullmatch(name):
+            return int(match[1]) in self.layers
         if node.op == "MUL_MAT_ID":
             return self._is_new(EXPERTS.fullmatch(_weight(node)))
         return node.op == "MUL_MAT" and self._wants_linear(node)
@@ -215,6 +219,8 @@ class ExpertObserver:
         elif self.scaled_gates and (match := SCALED_OUTPUT.fullmatch(name)):
             if scale := node.source(1):
                 self._scales[int(match[1])] = scale.values().copy()
+        elif match := STREAM.fullmatch(name):
+            self._add_stream(int(match[1]), node.values())
         elif name == HEAD_INPUT:
             self._add_linear(self._head, _linear(node))
             return False  # logits are not needed, and a large vocabulary makes them dear
@@ -271,6 +277,15 @@ class ExpertObserver:
             values = np.divide(values, scale, out=np.zeros_like(values), where=scale != 0)
             gates = gates * scale
         self._end(layer, values, gates)
+
+    def _add_stream(self, layer: int, hidden: Values) -> None:
+        """What a layer leaves [T, H]."""
+        before = self.layers[layer]
+        assert before.stream_inverse is not None
+        norms = np.einsum("th,th->t", hidden, hidden)
+        inverse = (1 / norms[norms > 0]).sum(dtype=np.float64)
+        total = before.stream_inverse + inverse
+        self.layers[layer] = replace(before, stream_inverse=total)
 
     def _see_linear(self, node: Node) -> None:
         inputs, weight = node.source(1), _weight(node)

@@ -110,6 +110,7 @@ class _Run:
     def _layer(self, number: int, name: str, shape: list[int] | None) -> list[int]:
         """Run one layer over all tokens; returns the shape of a sequence's hidden states."""
         self.streamed.load(name)
+        blocks = self._blocks(name)
         rows = len(self.calibration.tokens)
         written: HiddenStates | None = None
         before = self._hidden(number, shape) if number else None
@@ -122,6 +123,8 @@ class _Run:
                     written.require_space(rows)
                     stack.enter_context(written.writing())
                 written.write(after)
+                for index in blocks:
+                    self.layer_sums[index].add_stream(after)
                 self._progress(number, start + len(tokens))
         assert written is not None
         self._save_stats(number, name)
@@ -140,13 +143,17 @@ class _Run:
         """The statistics of one part, in a file; its sums are dropped from memory."""
         tokens = self.calibration.tokens.size
         inside = [n for n in self.linear_sums if self.streamed.part_of(n) == part]
-        blocks = [i for i, name in self.streamed.blocks.items() if name == part]
         layers = {
-            i: checked(self.streamed.model, i, self.layer_sums.pop(i), tokens) for i in blocks
+            i: checked(self.streamed.model, i, self.layer_sums.pop(i), tokens)
+            for i in self._blocks(part)
         }
         linears = by_key(self.streamed.model, {n: self.linear_sums.pop(n) for n in inside})
         made = provenance(self.streamed.model, self.calibration, "", "")
         ExpertStats(made, layers, linears).save(self._stats_file(number))
+
+    def _blocks(self, part: str) -> list[int]:
+        """The blocks with experts in a part: one, or none."""
+        return [i for i, name in self.streamed.blocks.items() if name == part]
 
     def _progress(self, layers: int, rows: int) -> None:
         total = len(self.calibration.tokens)

@@ -91,6 +91,7 @@ class RoutedSums:
             output_max=scalars[6],
             pair_gate=dense.T @ dense,
             pair_error=self._pair_error(residuals.reshape(self.tokens, self.top_k, width)),
+            stream_inverse=np.zeros(1),
         )
 
     def _pair_error(self, residuals: Values) -> Float:

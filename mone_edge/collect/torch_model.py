@@ -5,6 +5,7 @@ One experts function sees every architecture; there is no code per model. Knows 
 hubs, criteria or plans, and keeps no hidden states (`sequential` does).
 """
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -40,6 +41,7 @@ from mone_edge.stats import ExpertStats, LayerStats, LinearStats, Provenance
 IMPLEMENTATION = "mone-edge-collect"
 BATCH_TOKENS = 4096
 _ACCUMULATOR = "_mone_edge_accumulator"
+LAYER = re.compile(r".*?\.\d+(?=\.)")  # the layer, in the name of a module of it
 
 Progress = Callable[[int, int], None]
 
@@ -108,6 +110,7 @@ def collect_loaded(
             key = run_key(made, "in memory", batch_tokens)
             partial = PartialSums(stack.enter_context(open_work(work, key)))
         layer_sums = stack.enter_context(observe_experts(loaded, sampled(calibration)))
+        stack.enter_context(_observe_streams(loaded, layer_sums))
         linear_sums = stack.enter_context(observe_linears(loaded, record=linears))
         stack.enter_context(torch.inference_mode())
         first = partial.restore(layer_sums, linear_sums) if partial else 0
@@ -154,6 +157,30 @@ def observe_experts(
         finally:
             for _, module in modules.values():
                 vars(module).pop(_ACCUMULATOR, None)
+
+
+@contextmanager
+def _observe_streams(model: Any, sums: dict[int, LayerAccumulator]) -> Iterator[None]:
+    """While open, what every layer with experts leaves is added to its sums."""
+    handles = []
+    for index, (name, _) in experts_modules(model).items():
+        layer = LAYER.match(name)
+        if layer is not None:
+            module = model.get_submodule(layer[0])
+            handles.append(module.register_forward_hook(_stream_recorder(sums[index])))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _stream_recorder(sums: LayerAccumulator) -> Callable[[nn.Module, Any, Any], None]:
+    def record(_: nn.Module, _inputs: Any, output: Any) -> None:
+        if sums.total is not None:  # else the experts were not seen, which is told in the end
+            sums.add_stream(output[0] if isinstance(output, tuple) else output)
+
+    return record
 
 
 def _collecting_experts(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
