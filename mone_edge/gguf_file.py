@@ -8,7 +8,7 @@ so that what is kept can be written bit for bit.
 import functools
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from mone_edge.stats import ExpertStats
 
 PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+ROUTER = ".ffn_gate_inp.weight"  # behind the name of its block
 PER_EXPERT = re.compile(
     r"blk\.\d+\.(ffn_(gate|up|down|gate_up)_exps\.(weight|bias|scale)"
     r"|ffn_gate_inp\.(weight|bias)|exp_probs_b(\.bias)?)"
@@ -217,12 +218,31 @@ def _require_unpruned(source: GgufSource) -> None:
     kept = header.value("{arch}.expert_kept_count")
     if kept is None and "mone.version" not in header.metadata:
         return
-    ratio = header.value("mone.prune_ratio")
-    how = f" ({ratio:.3g} of its experts)" if isinstance(ratio, float) else ""
+    before, kept = experts_left(source.parts)
+    share = 1 - sum(kept) / (before * len(kept)) if kept and before else 0
+    how = f" ({share:.1%} of its experts)" if share else ""
     raise MoneEdgeError(
         f"{source.name} is pruned already{how}; prune the model it was made from, at another "
         "--prune-ratio"
     )
+
+
+def experts_left(parts: Sequence[Header]) -> tuple[int, tuple[int, ...]]:
+    """Experts of a layer before pruning, and with weights in each layer now, if any are gone.
+
+    Raises:
+        MoneEdgeError: they are no numbers.
+    """
+    header, names = parts[0], {name for part in parts for name in part.tensors}
+    stored = header.count("{arch}.expert_count")
+    before = max(stored, header.count("mone.base_expert_count"))
+    if before > stored:  # dropped or merged, as many in every block
+        return before, (stored,) * sum(name.endswith(ROUTER) for name in names)
+    kept = header.value("{arch}.expert_kept_count", [])
+    if not isinstance(kept, list) or any(type(count) is not int for count in kept):
+        raise MoneEdgeError(f"{header.file} does not tell in numbers how many experts it keeps")
+    # blocks without experts have a number too
+    return before, tuple(n for i, n in enumerate(kept) if f"blk.{i}{ROUTER}" in names)
 
 
 def _require_whole_stacks(source: GgufSource) -> None:

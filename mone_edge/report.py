@@ -22,7 +22,6 @@ from mone_edge.stats import ExpertStats
 
 TEMPLATE = Path(__file__).with_name("report.html")
 SUFFIXES = (".gguf", ".json", ".safetensors")
-ROUTER = ".ffn_gate_inp.weight"  # behind the name of its block
 BENCH_KEY = "tokens_per_second"
 NOTHING = "-"
 DRAWN = 50  # models; a figure of more shows nothing
@@ -151,19 +150,10 @@ def _json(path: Path) -> Any:
 
 def _add_gguf(models: dict[str, ModelResults], path: Path) -> None:
     headers = gguf_file.parts(path)
-    names = {name for header in headers for name in header.tensors}
-    kept = headers[0].value("{arch}.expert_kept_count", [])
-    if not isinstance(kept, list) or not all(map(_number, kept)):
-        raise MoneEdgeError(f"{path} does not tell in numbers how many experts it keeps")
+    experts, kept = gguf_file.experts_left(headers)
     found = _model(models, path.name)
     found.file_bytes = sum(header.file.stat().st_size for header in headers)
-    stored = headers[0].count("{arch}.expert_count")
-    found.experts = max(stored, headers[0].count("mone.base_expert_count"))
-    if found.experts > stored:  # dropped or merged, as many in every block
-        found.kept = (stored,) * sum(name.endswith(ROUTER) for name in names)
-    else:  # blocks without experts have a number too
-        counts = ((f"blk.{block}{ROUTER}", n) for block, n in enumerate(kept))
-        found.kept = tuple(int(n) for router, n in counts if router in names)
+    found.experts, found.kept = experts, kept
     found.method = _text(headers[0].value("mone.method", ""))
     found.replacement = _text(headers[0].value("mone.replacement", ""))
 

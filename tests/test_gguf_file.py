@@ -268,7 +268,8 @@ def test_a_pruned_gguf_is_refused(quantised: Callable[[str], Path], tmp_path: Pa
     for replacement in ("mean", "drop"):
         plan, stats = random_plan(source, replacement)
         pruned = write(source, tmp_path / f"{replacement}.gguf", "keep", plan, stats)
-        with pytest.raises(MoneEdgeError, match="is pruned already"):
+        share = f"{plan.removed_fraction:.1%}"
+        with pytest.raises(MoneEdgeError, match=rf"is pruned already \({share} of its experts\)"):
             resolve(str(pruned))
 
 
