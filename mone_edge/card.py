@@ -24,7 +24,7 @@ tags: [moe, mone, pruned, gguf]
 
 {runs}
 
-Make it again:
+Make it again, in the folder where it was made:
 
 ```
 {command}
@@ -54,6 +54,8 @@ def write(
     recipe: Recipe,
     size: int,
     given: Sequence[str] = (),
+    *,
+    weighed: bool = False,
 ) -> None:
     """Write the card of a GGUF.
 
@@ -61,10 +63,12 @@ def write(
         outfile: as the command named it.
         first: the file to run: `outfile`, or the first of its parts.
         given: arguments that name what was made before (`--stats FILE`), to make the same again.
+        weighed: whether statistics gave an importance matrix.
     """
     patched = plan is not None and not plan.cuts and plan.removed_fraction > 0
     if plan is None or plan.removed_fraction == 0:
-        what, kept, stats = "not pruned", "all", "none needed"
+        what, kept = "not pruned", "all"
+        stats = "for the importance matrix" if weighed else "none needed"
     else:
         what = (
             f"with {plan.removed_fraction:.1%} of its routed experts removed by `{plan.method}` "
@@ -80,9 +84,9 @@ def write(
     runs = PATCHED.format(name=first.name) if patched else STOCK
     if recipe.skip_threshold:
         runs += SKIPS.format(share=recipe.skip_threshold)
-    own_recipe = outfile.with_suffix(".recipe.yaml").name
+    own_recipe = str(outfile.with_suffix(".recipe.yaml"))
     command = ["mone-edge", "convert", recipe.model, "--recipe", own_recipe, *given]
-    command += ["-o", outfile.name]
+    command += ["-o", str(outfile)]
     text = TEMPLATE.format(
         base=recipe.model,
         name=outfile.name,

@@ -306,7 +306,8 @@ def _write_beside(job: Job, place: Path, recipe: Recipe, given: Sequence[str]) -
     recipe_file, card_file = beside(place / job.outfile.name)
     size = sum(part.stat().st_size for part in parts)
     recipe.save(recipe_file)
-    card.write(card_file, job.outfile, parts[0], job.plan, recipe, size, given)
+    weighed = job.imatrix is not None and recipe.imatrix == "auto"
+    card.write(card_file, job.outfile, parts[0], job.plan, recipe, size, given, weighed=weighed)
 
 
 def beside(outfile: Path) -> tuple[Path, Path]:
