@@ -46,6 +46,7 @@ from mone_edge.recipe import MEASURED, low_rank
 from mone_edge.safetensors_file import SHARD_BYTES, Entry, is_written, write_shards
 from mone_edge.safetensors_header import TensorRef, item_bytes
 from mone_edge.source import (
+    CUT,
     EXPERT_KEY,
     PRUNED_METHOD,
     Checkpoint,
@@ -371,6 +372,7 @@ def _config(source: Checkpoint, plan: PrunePlan, fitted: LowRankNovices | None) 
     total = next(iter(plan.num_experts.values()))
     for place in (text, text.get(NESTED_KEY) or {}):
         place |= {key: min(counts) for key in EXPERT_COUNT_KEYS if place.get(key) == total}
+    config[CUT] = {"method": plan.method, "experts": total, "experts_kept": min(counts)}
     return config
 
 

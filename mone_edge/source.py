@@ -41,6 +41,7 @@ PRUNED_METHOD = "mone-edge"  # quantization_config.quant_method of a pruned chec
 TEXT_FILE = re.compile(r"token|chat_template|^vocab\.|^merges\.")
 FOREIGN_SUFFIX = "_compressed"  # of the model_type that other pruners give their checkpoints
 FOREIGN_NOVICES = {"version": 1, "replacement_type": "constant"}
+CUT = "mone_edge"  # in config.json: which experts were dropped or merged
 FINGERPRINT_BYTES = 64  # of each tensor: enough to tell two trainings of one shape apart
 # The name of a tensor of one expert: everything before its number, the number, the rest.
 EXPERT_KEY = re.compile(r"(?P<prefix>.*\bexperts\.(?:[a-z_]\w*\.)*)(?P<id>\d+)\.(?P<part>.+)")
@@ -229,6 +230,15 @@ class Checkpoint(Source):
     def is_pruned(self) -> bool:
         """Whether experts are missing, with novices in their place (`mone_edge.checkpoint`)."""
         return bool(self.pruned_plan or self.novice_ids)
+
+    @property
+    def cut(self) -> str:
+        """What of its experts is gone, of a checkpoint that lost router rows too; else empty."""
+        found = self.config.get(CUT)
+        if not isinstance(found, dict):
+            return ""
+        kept, total = found.get("experts_kept"), found.get("experts")
+        return f"{kept} of {total} experts a layer are left, by {found.get('method')}"
 
     @property
     def pruned_plan(self) -> Mapping[str, Any]:

@@ -14,6 +14,7 @@ from gguf import GGUFReader
 
 from mone_edge import cli, convert, novices, runtime
 from mone_edge import imatrix as imatrices
+from mone_edge.checkpoint import prune_checkpoint
 from mone_edge.errors import MoneEdgeError
 from mone_edge.plan import PrunePlan, make_plan
 from mone_edge.recipe import Recipe
@@ -198,19 +199,34 @@ def test_the_command_on_the_card_makes_the_same_file(
     if given == "plan":
         assert cli.run(["plan", *options[1:], "--scope", "model", "-o", "p.json"]) == 0
         options = ["--plan", "p.json"]
-    types = ["--outtype", "Q8_0", "--outtype", "F16", "-o", "x {ftype}.gguf"]
+    Path("out dir").mkdir()
+    types = ["--outtype", "Q8_0", "--outtype", "F16", "-o", "out dir/x {ftype}.gguf"]
     name = str(model.source.path)
     assert cli.run(["convert", name, *options, *types, "--tokenizer-pre", "gpt-2"]) == 0
     for outtype in ("Q8_0", "F16"):
-        made = Path(f"x {outtype}.gguf").read_bytes()
-        card = Path(f"x {outtype}.md").read_text(encoding="utf-8")
+        made = Path(f"out dir/x {outtype}.gguf").read_bytes()
+        card = Path(f"out dir/x {outtype}.md").read_text(encoding="utf-8")
         (command,) = (line for line in card.splitlines() if line.startswith("mone-edge convert"))
         assert cli.run([*shlex.split(command)[1:], "--force"]) == 0
-        assert Path(f"x {outtype}.gguf").read_bytes() == made
+        assert Path(f"out dir/x {outtype}.gguf").read_bytes() == made
+
+
+@pytest.mark.parametrize(
+    ("outtype", "told"), [("Q4_0", "for the importance matrix"), ("F16", "none needed")]
+)
+def test_the_card_of_an_unpruned_file_tells_what_statistics_were_for(
+    outtype: str, told: str, calibrated: Calibrate, tmp_path: Path
+) -> None:
+    model = calibrated("olmoe")
+    run(model.source, tmp_path / "m.gguf", outtype, stats=model.stats)
+    assert f"Statistics: {told}." in (tmp_path / "m.md").read_text(encoding="utf-8")
 
 
 def test_the_recipe_names_the_text_that_the_statistics_read(
-    calibrated: Calibrate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    calibrated: Calibrate,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     model = calibrated("olmoe")
     monkeypatch.chdir(tmp_path)
@@ -218,14 +234,53 @@ def test_the_recipe_names_the_text_that_the_statistics_read(
     base += ["--outtype", "F16", "--tokenizer-pre", "gpt-2", "-o"]
     text = str(model.stats_file.with_name("text.txt"))
     assert cli.run([*base, "a.gguf"]) == 0
-    assert load_recipe(Path("a.recipe.yaml"))["calibration"] == {
-        "data": [text], "samples": 10, "seq_len": 64, "seed": 0,
-    }  # fmt: skip
+    read = {"data": [text], "samples": 10, "seq_len": 64, "seed": 0}
+    assert load_recipe(Path("a.recipe.yaml"))["calibration"] == read
     Path("r.yaml").write_text("calibration: {samples: 5, seq_len: 32, seed: null}")
-    assert cli.run([*base, "b.gguf", "--recipe", "r.yaml", "--samples", "6"]) == 0
-    assert load_recipe(Path("b.recipe.yaml"))["calibration"] == {
-        "data": [text], "samples": 6, "seq_len": 32, "seed": 0,
-    }  # fmt: skip
+    capsys.readouterr()
+    assert cli.run([*base, "b.gguf", "--recipe", "r.yaml", "--samples", "6", "--seed", "7"]) == 0
+    unused = "warning: --samples is what the statistics say; what is given is unused"
+    assert unused in capsys.readouterr().err
+    assert load_recipe(Path("b.recipe.yaml"))["calibration"] == {**read, "seed": 7}
+    merged = ["merge-stats", str(model.stats_file), str(model.stats_file), "-o", "both.st"]
+    assert cli.run([*merged, "--force"]) == 0
+    base[3] = "both.st"
+    assert cli.run([*base, "c.gguf"]) == 0
+    found = load_recipe(Path("c.recipe.yaml"))["calibration"]
+    assert (found["data"], found["samples"]) == ([text], 20)
+
+
+def test_another_method_than_the_recipes_has_its_own_replacement(
+    calibrated: Calibrate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = calibrated("olmoe")
+    monkeypatch.chdir(tmp_path)
+    Path("r.yaml").write_text("method: joint\nreplacement: gate2-mean\nprune_ratio: 0.5\n")
+    base = ["convert", str(model.source.path), "--stats", str(model.stats_file), "--outtype", "F16"]
+    base += ["--tokenizer-pre", "gpt-2", "--recipe", "r.yaml"]
+    for method, replacement in (("joint", "gate2-mean"), ("mone", "mean"), ("hc-smoe", "merge")):
+        outfile = f"{method}.gguf"
+        assert cli.run([*base, "--method", method, "-o", outfile]) == 0
+        assert load_recipe(Path(f"{method}.recipe.yaml"))["replacement"] == replacement
+
+
+def test_a_checkpoint_with_fewer_experts_converts_as_it_is(
+    calibrated: Calibrate,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = calibrated("olmoe")
+    monkeypatch.chdir(tmp_path)
+    plan = make_plan(model.stats, prune_ratio=0.25, method="hc-smoe", replacement="merge")
+    prune_checkpoint(model.source, plan, model.stats, Path("cut"))
+    command = ["convert", "cut", "--tokenizer-pre", "gpt-2", "--outtype", "F32", "-o", "cut.gguf"]
+    assert cli.run(command) == 0
+    told = "cut is pruned already: 6 of 8 experts a layer are left, by hc-smoe; --prune-ratio"
+    assert f"{told} removes more" in capsys.readouterr().err
+    assert len(arrays(Path("cut.gguf"))["blk.0.ffn_down_exps.weight"]) == 6
+    assert cli.run([*command, "--prune-ratio", "0.5", "--dry-run", "--force"]) == 0
+    assert f"warning: {told} is of those" in capsys.readouterr().err
 
 
 def test_a_recipe_may_say_one_value_where_a_list_is_meant(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from mone_edge.plan import PrunePlan
     from mone_edge.recipe import Calibration, Recipe
     from mone_edge.source import Checkpoint, Source
+    from mone_edge.stats import Provenance
 
 PLAN_FIELDS = (
     "prune_ratio", "method", "scope", "replacement", "protect", "protect_super", "pretrained",
@@ -120,7 +121,8 @@ def command(
     judgement = Judgement(text, chunks, max_kld)
     inputs = [path for path in (stats, plan_file, novices, text) if path]
     plan = PrunePlan.load(plan_file) if plan_file else None
-    measured_on = ExpertStats.load(stats).provenance.calibration if stats else None
+    provenance = ExpertStats.load(stats).provenance if stats else None
+    measured_on = provenance.calibration if provenance else None
     source = resolve(model, offline=offline)
     inside = None
     if isinstance(source, Checkpoint) and source.is_pruned:
@@ -129,6 +131,12 @@ def command(
     saved = recipes.load(recipe) if recipe else {}
     chosen = _recipe(ctx, source, options, saved, measured_on)
     chosen = dataclasses.replace(chosen, outtype=_file_types(source, chosen.outtype))
+    if isinstance(source, Checkpoint) and source.cut and not plan:
+        if _given(ctx, "prune_ratio") or saved.get("prune_ratio"):
+            console.warn(f"{model} is pruned already: {source.cut}; --prune-ratio is of those")
+        else:
+            console.info(f"{model} is pruned already: {source.cut}; --prune-ratio removes more")
+            chosen = dataclasses.replace(chosen, prune_ratio=0.0)
     for warning in (_quantised_twice(source, chosen.outtype), _skipping_lost(source, chosen)):
         if warning:
             console.warn(warning)
@@ -142,6 +150,8 @@ def command(
                 f"--{name.replace('_', '-')} is what the plan says; what is given is unused"
             )
         chosen = dataclasses.replace(chosen, **fields)
+    if provenance and (novices or not recipes.low_rank(chosen.replacement)):
+        chosen = _as_measured(ctx, console, chosen, provenance)
     outfiles = _outfiles(source, chosen, outfile)
     pretrained = None
     if chosen.pretrained and not plan:
@@ -229,8 +239,24 @@ def _recipe(
     fields["protect"] = () if isinstance(protect, str) else tuple(protect)
     if source.keeps_types and not _given(ctx, "outtype"):
         fields["outtype"] = tuple(saved.get("outtype") or (KEEP,))
+    if saved.get("method") not in (None, fields["method"]) and not _given(ctx, "replacement"):
+        fields["replacement"] = None  # the recipe's belongs to its method
     fields["replacement"] = fields["replacement"] or recipes.default_replacement(fields["method"])
     return recipes.Recipe(model=source.name, calibration=calibration, **fields)
+
+
+def _as_measured(
+    ctx: click.Context, console: Console, chosen: "Recipe", made: "Provenance"
+) -> "Recipe":
+    """The recipe with the text that its statistics are of, where none is read now."""
+    calibration = dataclasses.replace(
+        chosen.calibration, data=made.data, samples=made.samples, seq_len=made.seq_len
+    )
+    for name in ("data", "samples", "seq_len"):
+        if _given(ctx, name) and getattr(calibration, name) != getattr(chosen.calibration, name):
+            option = name.replace("_", "-")
+            console.warn(f"--{option} is what the statistics say; what is given is unused")
+    return dataclasses.replace(chosen, calibration=calibration)
 
 
 def _given(ctx: click.Context, name: str) -> bool:
