@@ -234,6 +234,7 @@ class Run:
             stats,
             prune_ratio=share,
             method=variant.method,
+            scope=self.arguments.scope,
             replacement=variant.replacement,
             seed=variant.seed,
             pretrained=self.arguments.pretrained if by_router else "",
@@ -428,6 +429,7 @@ def main() -> None:
     parser.add_argument("--ctx-size", type=int, default=512, help="of chunks")
     parser.add_argument("--equal-bytes", action="store_true")
     parser.add_argument("--variant", action="append", metavar="RATIO:METHOD:REPLACEMENT")
+    parser.add_argument("--scope", default="layer", help="of the plans")
     parser.add_argument(
         "--pretrained", default="", metavar="MODEL", help=f"what {ROUTER_NORM} compares with"
     )
