@@ -28,7 +28,8 @@ EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down|gate_up)_exps\.weight")
 RAW_OUTPUT = re.compile(r"ffn_moe_down_(?:scaled|biased)-(\d+)")  # replaces that of the product
 SCALED_OUTPUT = re.compile(r"ffn_moe_down_scaled-(\d+)")
 WEIGHTED = re.compile(r"ffn_moe_weighted-(\d+)")
-STREAM = re.compile(r"l_out-(\d+)")  # what a layer leaves
+# What a layer leaves, where it has another name than the usual.
+STREAM_NAMES = {"nemotron_h": "nemotron_h_block_out", "nemotron_h_moe": "nemotron_h_block_out"}
 ROUTER = re.compile(r"blk\.\d+\.ffn_gate_inp\.weight")
 HEADS = ("output.weight", "token_embd.weight")
 HEAD_INPUT = "result_norm"
@@ -102,6 +103,7 @@ def observe(
     ) as llama:
         architecture = llama.metadata("general.architecture")
         observer.scaled_gates = architecture in SCALED_GATES
+        observer.stream = STREAM_NAMES.get(architecture, "l_out")
         for done, row in enumerate(tokens.tolist(), start=1):
             llama.read(row)
             if on_progress is not None:
@@ -157,6 +159,7 @@ class ExpertObserver:
         self._routed: dict[int, RoutedSums] = {}  # of this batch's blocks that are not finished
         self._begun: set[int] = set()  # those blocks
         self.scaled_gates = False  # whether a scale of the outputs belongs to their weights
+        self.stream = "l_out"  # name of what a layer leaves
         self._scales: dict[int, Values] = {}  # [T, K, 1] of this batch's blocks, where it does
         self._weighted: set[int] = set()  # of this batch, blocks that weight their experts' inputs
         self._inputs: dict[int, LinearStats] = {}  # of this batch, by address of the input's node
@@ -185,8 +188,8 @@ class ExpertObserver:
                 return int(match[1]) in self._begun
         elif name == HEAD_INPUT:
             return bool(self._head)
-        elif match := STREAM.fullmatch(name):
-            return int(match[1]) in self.layers
+        elif name.startswith(self.stream):
+            return self._stream_layer(name) in self.layers
         if node.op == "MUL_MAT_ID":
             return self._is_new(EXPERTS.fullmatch(_weight(node)))
         return node.op == "MUL_MAT" and self._wants_linear(node)
@@ -219,8 +222,8 @@ class ExpertObserver:
         elif self.scaled_gates and (match := SCALED_OUTPUT.fullmatch(name)):
             if scale := node.source(1):
                 self._scales[int(match[1])] = scale.values().copy()
-        elif match := STREAM.fullmatch(name):
-            self._add_stream(int(match[1]), node.values())
+        elif name.startswith(self.stream):
+            self._add_stream(self._stream_layer(name), node.values())
         elif name == HEAD_INPUT:
             self._add_linear(self._head, _linear(node))
             return False  # logits are not needed, and a large vocabulary makes them dear
@@ -278,11 +281,16 @@ class ExpertObserver:
             gates = gates * scale
         self._end(layer, values, gates)
 
+    def _stream_layer(self, name: str) -> int:
+        """The number behind the name of what a layer leaves; -1 for a copy or a view of it."""
+        number = name.removeprefix(self.stream + "-")
+        return int(number) if number.isdecimal() else -1
+
     def _add_stream(self, layer: int, hidden: Values) -> None:
-        """What a layer leaves [T, H]."""
+        """What a layer leaves [T, ..., H]."""
         before = self.layers[layer]
         assert before.stream_inverse is not None
-        norms = np.einsum("th,th->t", hidden, hidden)
+        norms = np.square(hidden.reshape(len(hidden), -1)).sum(1)
         inverse = (1 / norms[norms > 0]).sum(dtype=np.float64)
         total = before.stream_inverse + inverse
         self.layers[layer] = replace(before, stream_inverse=total)

@@ -8,6 +8,7 @@ element. The sha256 of the tensors is checked.
 """
 
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -168,4 +169,8 @@ def model_dir(*, offline: bool = False) -> Path:
         )
     key = f"{dense.WHEEL_SHA256[:12]}-{found[:12]}-{TENSORS_SHA256[:12]}"
     target = cache_dir() / "demo" / key / "mone-edge-demo"
-    return dense.build_folder(target, lambda folder: fill_model_dir(folder, offline=offline))
+    try:
+        return dense.build_folder(target, lambda folder: fill_model_dir(folder, offline=offline))
+    finally:
+        with suppress(OSError):  # it holds the model, unless nothing was made
+            target.parent.rmdir()
