@@ -150,18 +150,17 @@ def command(
                 f"--{name.replace('_', '-')} is what the plan says; what is given is unused"
             )
         chosen = dataclasses.replace(chosen, **fields)
-    data = chosen.calibration.data  # as named, read or not
-    if provenance and (novices or not recipes.low_rank(chosen.replacement)):
-        chosen = _as_measured(ctx, console, chosen, provenance)
     outfiles = _outfiles(source, chosen, outfile)
     pretrained = None
     if chosen.pretrained and not plan:
         pretrained = resolve(chosen.pretrained, offline=offline)
     read = (source, pretrained) if pretrained else (source,)
-    inputs += input_files(*read, plan=plan, data=data)
+    inputs += input_files(*read, plan=plan, data=chosen.calibration.data)
     inputs += [expand(chosen.imatrix), *_recipe_to_keep(recipe, chosen)]
     split = split_max_bytes > 0
     require_places(outfiles.values(), inputs, force=force, split=split, recipe=recipe)
+    if provenance and (novices or not recipes.low_rank(chosen.replacement)):
+        chosen = _as_measured(ctx, console, chosen, provenance)
     how = Means(device, threads, offline)
     measured_before = not chosen.prune_ratio or bool(plan or stats)
     require_inputs(source, chosen, novices, how, measured=measured_before)
