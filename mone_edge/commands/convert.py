@@ -132,7 +132,8 @@ def command(
     chosen = _recipe(ctx, source, options, saved, measured_on)
     chosen = dataclasses.replace(chosen, outtype=_file_types(source, chosen.outtype))
     if isinstance(source, Checkpoint) and source.cut and not plan:
-        if _given(ctx, "prune_ratio") or saved.get("prune_ratio"):
+        asked = _given(ctx, "prune_ratio") or saved.get("prune_ratio") is not None
+        if asked and chosen.prune_ratio:
             console.warn(f"{model} is pruned already: {source.cut}; --prune-ratio is of those")
         else:
             console.info(f"{model} is pruned already: {source.cut}; --prune-ratio removes more")
