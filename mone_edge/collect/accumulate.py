@@ -36,7 +36,9 @@ class LayerAccumulator:
 
     def add_stream(self, hidden: Tensor) -> None:
         """Record what the layer made of the last batch: [B, S, ...], the residual stream."""
-        assert self.total is not None and self.total.stream_inverse is not None
+        if self.total is None:  # its experts were not seen, which `checked` tells in the end
+            return
+        assert self.total.stream_inverse is not None
         rows = hidden.reshape(hidden.shape[0] * hidden.shape[1], -1)
         rows = rows.to(torch.float64 if rows.dtype == torch.float64 else torch.float32)
         norms = torch.linalg.vecdot(rows, rows)

@@ -177,8 +177,7 @@ def _observe_streams(model: Any, sums: dict[int, LayerAccumulator]) -> Iterator[
 
 def _stream_recorder(sums: LayerAccumulator) -> Callable[[nn.Module, Any, Any], None]:
     def record(_: nn.Module, _inputs: Any, output: Any) -> None:
-        if sums.total is not None:  # else the experts were not seen, which is told in the end
-            sums.add_stream(output[0] if isinstance(output, tuple) else output)
+        sums.add_stream(output[0] if isinstance(output, tuple) else output)
 
     return record
 
