@@ -19,7 +19,7 @@ import numpy as np
 from mone_edge.errors import MoneEdgeError, UsageError
 from mone_edge.harness import score_harness
 from mone_edge.paths import exists, expand
-from mone_edge.safetensors_header import shards
+from mone_edge.safetensors_header import weight_bytes
 from mone_edge.scoring import (
     N_CTX,
     Divergence,
@@ -190,7 +190,7 @@ def read_text(path: Path) -> str:
 def file_bytes(path: Path) -> int:
     """Bytes of a GGUF (all parts of a split one), or of a checkpoint folder's weights."""
     if path.is_dir():
-        return sum(file.stat().st_size for file in shards(path))
+        return weight_bytes(path)
     stem, found, rest = path.name.rpartition("-00001-of-")
     pattern = f"{glob.escape(stem)}-*-of-{glob.escape(rest)}"
     parts = path.parent.glob(pattern) if found else [path]

@@ -70,6 +70,11 @@ def item_bytes(dtype: str) -> int:
     return max(1, int(digits or 8) // 8)
 
 
+def weight_bytes(folder: Path) -> int:
+    """Bytes of the files that `shards` finds, with its errors."""
+    return sum(file.stat().st_size for file in shards(folder))
+
+
 def shards(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint.
 

@@ -15,7 +15,7 @@ from mone_edge import machine
 from mone_edge.config import read_config
 from mone_edge.documents import reason
 from mone_edge.errors import MoneEdgeError, UsageError
-from mone_edge.safetensors_header import shards
+from mone_edge.safetensors_header import weight_bytes
 from mone_edge.source import PRUNED_METHOD
 from mone_edge.transformers_quiet import LOAD_ERRORS, quiet
 
@@ -107,12 +107,12 @@ def choose_dtype(model_dir: Path, device: torch.device) -> torch.dtype:
         MoneEdgeError: the model does not fit in the memory at all.
     """
     own = stored_dtype(model_dir)
-    weight_bytes, limit = _weight_bytes(model_dir), memory_bytes(device)
-    if weight_bytes / _ITEM_BYTES[own] * 4 <= limit / 2:
+    size, limit = weight_bytes(model_dir), memory_bytes(device)
+    if size / _ITEM_BYTES[own] * 4 <= limit / 2:
         return torch.float32
     if not fits(model_dir, device):
         raise MoneEdgeError(
-            f"{model_dir} has {weight_bytes / 2**30:.1f} GiB of weights and {device} has "
+            f"{model_dir} has {size / 2**30:.1f} GiB of weights and {device} has "
             f"{limit / 2**30:.1f} GiB of memory; keep one layer at a time in it with --sequential, "
             "or collect statistics on a larger machine and bring the file (--stats FILE)"
         )
@@ -121,7 +121,7 @@ def choose_dtype(model_dir: Path, device: torch.device) -> torch.dtype:
 
 def fits(model_dir: Path, device: torch.device) -> bool:
     """Whether all weights have room in the memory, with space left to compute in."""
-    return _weight_bytes(model_dir) <= MEMORY_SHARE * memory_bytes(device)
+    return weight_bytes(model_dir) <= MEMORY_SHARE * memory_bytes(device)
 
 
 def stored_dtype(model_dir: Path) -> str:
@@ -129,10 +129,6 @@ def stored_dtype(model_dir: Path) -> str:
     config = read_config(model_dir)
     stored = config.get("dtype") or config.get("torch_dtype") or "float32"
     return stored if stored in _ITEM_BYTES else "bfloat16"
-
-
-def _weight_bytes(model_dir: Path) -> int:
-    return sum(file.stat().st_size for file in shards(model_dir))
 
 
 def checkpoint_names(model: Any, modules: Iterable[str]) -> dict[str, list[str]]:
