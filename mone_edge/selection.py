@@ -74,7 +74,7 @@ class LayerChoice:
         order = sorted(self.candidates, key=lambda i: (self.scores[i], -i))
         return set(order[:count])
 
-    def errors(self) -> Float:
+    def errors(self, most: int) -> Float:
         """Predicted error [0..most] of removing so many: `mean ||e||^2 * mean 1 / ||h||^2` over
         tokens, with e the error of the layer's output, h the residual stream behind the layer.
 
@@ -88,7 +88,7 @@ class LayerChoice:
                 "they are added to: use --scope layer, or measure the model again"
             )
         scale = 0.0 if inverse is None else float(inverse[0]) / tokens**2
-        sums = [joint.error(self.matrix, self.first(n)) for n in range(self.most + 1)]
+        sums = [joint.error(self.matrix, self.first(n)) for n in range(most + 1)]
         return np.array(sums) * scale
 
     @cached_property
@@ -201,10 +201,10 @@ def _least_error(choices: Mapping[int, LayerChoice], ratio: float) -> dict[int, 
     best[0] = 0
     taken: list[np.ndarray] = []
     for index, layer in choices.items():
-        errors = layer.errors()[: most[index] + 1]
+        errors = layer.errors(min(most[index], total))
         # [removed here, removed so far]: the error of removing so many in this layer
         options = np.full((len(errors), total + 1), math.inf)
-        for count, cost in enumerate(errors[: total + 1]):
+        for count, cost in enumerate(errors):
             options[count, count:] = best[: total + 1 - count] + cost
         taken.append(options.argmin(axis=0))
         best = options.min(axis=0)

@@ -124,7 +124,7 @@ def test_error_scope_divides_the_count_best(method: str, quiet: bool) -> None:
     stats = ExpertStats(stats.provenance, layers)
     plan = make_plan(stats, prune_ratio=0.5, method=method, scope="error", replacement="mean")
     choice = Choice(method, "mean", 42, 1, {})
-    errors = [LayerChoice(i, layer, choice).errors() for i, layer in layers.items()]
+    errors = [LayerChoice(i, layer, choice).errors(7) for i, layer in layers.items()]
     ours = errors[0][len(plan.pruned(0))] + errors[1][len(plan.pruned(1))]
     assert ours == pytest.approx(min(errors[0][n] + errors[1][8 - n] for n in range(2, 7)))
     assert (len(plan.kept[0]) > len(plan.kept[1])) == quiet
